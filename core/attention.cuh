@@ -1,0 +1,307 @@
+// attention.cuh: causal self-attention, forward and backward.
+//
+// qkv (B, T, 3C) holds a token's query, key and value side by side; head h takes columns h·hs … of each. A sequence is worked off in blocks of up to
+// BLOCK queries: the scores of one block against all keys up to its last query are a batched matmul over heads (into FP32), the softmax turns them
+// into probabilities of the activations' type, and a second batched matmul makes the output. So no T × T matrix is kept, and most of what lies above
+// the diagonal is never computed. Backward recomputes the probabilities from the scores and the saved logsumexp:
+//     P = exp(QKᵀ/√hs - lse), dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P∘(dP - Σ_j P∘dP)/√hs, dQ = dS·K, dK = dSᵀ·Q
+// with dK and dV summed over blocks in FP32, in order. With rotary positions (RoPE: rotation by t·10000^(-2j/hs) of the pairs (j, j + hs/2), as in
+// GPT-NeoX) the queries and keys of one sequence are rotated into workspace first, and their gradients are rotated back as they are stored.
+#pragma once
+#include "device.cuh"
+#include "matmul.cuh"
+#include "memory.h"
+#include "profile.h"
+
+constexpr int ATTENTION_BLOCK = 256;  // queries at a time
+
+struct Attention {
+    DType act;
+    int T, heads, head_size;
+    bool rope;            // rotary positions
+    const float* rotary;  // (2, T, hs/2) cos, then sin; NULL without RoPE
+    // workspace of one sequence and block
+    void* q;              // (T, 2C) rotated queries and keys, of act; unused without rotation
+    float* scores;        // (heads, block, T)
+    float* dprobs;        // (heads, block, T)
+    void* probs;          // (heads, block, T) of act
+    void* dscores;        // (heads, block, T) of act
+    float* dqkv;          // (T, 3C)
+};
+
+static inline int attention_block(int T) { return min_of(T, ATTENTION_BLOCK); }
+
+static inline void attention_allocate(Attention* a, Memory* memory) {
+    size_t C = (size_t)a->heads * a->head_size, bytes = (size_t)dtype_bytes(a->act);
+    size_t block = (size_t)a->heads * attention_block(a->T) * a->T;
+    a->q = memory_take(memory, WORKSPACE, a->rope ? a->T * 2 * C : 0, bytes);
+    a->scores = memory_take<float>(memory, WORKSPACE, block);
+    a->dprobs = memory_take<float>(memory, WORKSPACE, block);
+    a->probs = memory_take(memory, WORKSPACE, block, bytes);
+    a->dscores = memory_take(memory, WORKSPACE, block, bytes);
+    a->dqkv = memory_take<float>(memory, WORKSPACE, (size_t)a->T * 3 * C);
+}
+
+// table (2, T, hs/2): cos, then sin, of t·10000^(-2j/hs), on the host
+static inline void rotary_table(float* table, int T, int head_size) {
+    int half = head_size / 2;
+    for (int t = 0; t < T; t++) {
+        for (int j = 0; j < half; j++) {
+            double angle = (double)t * pow(10000.0, -2.0 * j / head_size);
+            table[(size_t)t * half + j] = (float)cos(angle);
+            table[(size_t)(T + t) * half + j] = (float)sin(angle);
+        }
+    }
+}
+
+template <class T> struct RotateForward {  // out (T, 2C): rotated queries and keys of one sequence
+    T* out;
+    const T* qkv;         // (T, 3C)
+    const float* cosine;  // (T, hs/2)
+    const float* sine;    // (T, hs/2)
+    int heads, head_size;
+    template <class Team> DEVICE void operator()(Team team, int t) const {
+        int half = head_size / 2, C = heads * head_size;
+        const float* cs = cosine + (size_t)t * half;
+        const float* sn = sine + (size_t)t * half;
+        for (int h = 0; h < 2 * heads; h++) {  // queries' heads, then keys': side by side in both
+            const T* x = qkv + (size_t)t * 3 * C + (size_t)h * head_size;
+            T* y = out + (size_t)t * 2 * C + (size_t)h * head_size;
+            team.each(half, [=](auto c) {
+                auto a = load(x, c), b = load(x + half, c), co = load(cs, c), si = load(sn, c);
+                store(y, c, a * co - b * si);
+                store(y + half, c, b * co + a * si);
+            });
+        }
+    }
+};
+
+template <class T> struct StoreGradient {  // dqkv of one sequence to its type; rotated back where the forward rotated
+    T* out;               // (T, 3C)
+    const float* d;       // (T, 3C)
+    const float* cosine;  // (T, hs/2) or NULL
+    const float* sine;
+    int heads, head_size;
+    template <class Team> DEVICE void operator()(Team team, int t) const {
+        int half = head_size / 2, C = heads * head_size;
+        const float* x = d + (size_t)t * 3 * C;
+        T* y = out + (size_t)t * 3 * C;
+        if (cosine == NULL) {
+            team.each(3 * C, [=](auto c) { store(y, c, load(x, c)); });
+            return;
+        }
+        const float* cs = cosine + (size_t)t * half;
+        const float* sn = sine + (size_t)t * half;
+        for (int h = 0; h < 2 * heads; h++) {
+            const float* xh = x + (size_t)h * head_size;
+            T* yh = y + (size_t)h * head_size;
+            team.each(half, [=](auto c) {
+                auto a = load(xh, c), b = load(xh + half, c), co = load(cs, c), si = load(sn, c);
+                store(yh, c, a * co + b * si);
+                store(yh + half, c, b * co - a * si);
+            });
+        }
+        team.each(C, [=](auto c) { store(y + 2 * C, c, load(x + 2 * C, c)); });
+    }
+};
+
+template <class T> struct SoftmaxForward {  // probs = softmax over the keys ≤ query of scores/√hs, zeros beyond; lse
+    T* probs;             // (heads, queries, keys)
+    float* lse;           // (heads, T) of this sequence: [head][query]
+    const float* scores;  // (heads, queries, keys)
+    float factor;         // 1/√hs
+    int first, queries, keys, T_;
+    template <class Team> DEVICE void operator()(Team full, int row) const {
+        Team team = full.unaligned();
+        int head = row / queries, i = row % queries, n = first + i + 1;
+        const float* s = scores + (size_t)row * keys;
+        T* p = probs + (size_t)row * keys;
+        float k = factor;
+        float top = team.max(n, [=](auto c) { return load(s, c) * k; });
+        float total = team.sum(n, [=](auto c) { return exp_of(load(s, c) * k - top); });
+        float inverse = 1.0f / total;
+        team.each(n, [=](auto c) { store(p, c, exp_of(load(s, c) * k - top) * inverse); });
+        T* rest = p + n;
+        team.each(keys - n, [=](auto c) { store(rest, c, splat(c, 0.0f)); });
+        if (team.leads()) { lse[(size_t)head * T_ + first + i] = top + logf(total); }
+    }
+};
+
+template <class T> struct SoftmaxBackward {  // probs again, and dscores = probs∘(dprobs - Σ probs∘dprobs)/√hs
+    T* probs;
+    T* dscores;
+    const float* lse;
+    const float* scores;
+    const float* dprobs;
+    float factor;
+    int first, queries, keys, T_;
+    template <class Team> DEVICE void operator()(Team full, int row) const {
+        Team team = full.unaligned();
+        int head = row / queries, i = row % queries, n = first + i + 1;
+        const float* s = scores + (size_t)row * keys;
+        const float* dp = dprobs + (size_t)row * keys;
+        T* p = probs + (size_t)row * keys;
+        T* ds = dscores + (size_t)row * keys;
+        float k = factor, l = lse[(size_t)head * T_ + first + i];
+        float total = team.sum(n, [=](auto c) {
+            auto v = exp_of(load(s, c) * k - l);
+            store(p, c, v);
+            return v * load(dp, c);
+        });
+        team.each(n, [=](auto c) { store(ds, c, exp_of(load(s, c) * k - l) * (load(dp, c) - total) * k); });
+        T* rest = p + n;
+        T* drest = ds + n;
+        team.each(keys - n, [=](auto c) {
+            store(rest, c, splat(c, 0.0f));
+            store(drest, c, splat(c, 0.0f));
+        });
+    }
+};
+
+// A batched product over the heads of one sequence: D (m, n) = A (m, k) · B (k, n)
+static inline MatmulCall attention_product(void* d, DType d_dtype, int64_t d_ld, int64_t d_stride, Operand a, Operand b, int heads, int m, int n,
+                                           int k, bool accumulate) {
+    MatmulCall call = {};
+    call.d = d;
+    call.d_dtype = d_dtype;
+    call.d_ld = d_ld;
+    call.d_batch_stride = d_stride;
+    call.a = a;
+    call.b = b;
+    call.m = m;
+    call.n = n;
+    call.k = k;
+    call.batch = heads;
+    call.accumulate = accumulate;
+    return call;
+}
+
+// Where the heads of one sequence lie: base + t·ld + h·stride
+struct Heads {
+    const void* data;
+    DType dtype;
+    int64_t ld, stride;
+};
+static inline Heads heads_from(Heads h, size_t element) {
+    h.data = (const char*)h.data + element * (size_t)dtype_bytes(h.dtype);
+    return h;
+}
+static inline Operand heads_operand(Heads h, bool transposed) { return Operand{h.data, h.dtype, NULL, h.ld, h.stride, transposed}; }
+
+// The six products of a block of queries first … last-1, over keys 0 … last-1. Pointers may be NULL where only shapes matter.
+enum AttentionProduct { SCORES, OUTPUT, D_PROBS, D_VALUE, D_QUERY, D_KEY, ATTENTION_PRODUCTS };
+
+struct AttentionViews { Heads q, k, v, o, dout; };
+
+static inline MatmulCall attention_call(const Attention* a, AttentionProduct which, AttentionViews x, int first, int last) {
+    int hs = a->head_size, queries = last - first, keys = last;
+    size_t C = (size_t)a->heads * hs;
+    int64_t block = (int64_t)queries * keys;
+    Heads probs = {a->probs, a->act, keys, block}, dscores = {a->dscores, a->act, keys, block};
+    Heads q = heads_from(x.q, (size_t)first * (size_t)x.q.ld), o = heads_from(x.o, (size_t)first * (size_t)x.o.ld);
+    Heads dout = heads_from(x.dout, (size_t)first * (size_t)x.dout.ld);
+    int64_t ld = 3 * (int64_t)C;
+    float* dq = a->dqkv + (size_t)first * 3 * C;
+    bool later = last < a->T;  // backward goes from the last block, which sees every key, to the first
+    switch (which) {
+        case SCORES: return attention_product(a->scores, FP32, keys, block, heads_operand(q, false), heads_operand(x.k, true), a->heads, queries, keys, hs, false);
+        case OUTPUT: return attention_product((void*)o.data, a->act, o.ld, o.stride, heads_operand(probs, false), heads_operand(x.v, false), a->heads, queries, hs, keys, false);
+        case D_PROBS: return attention_product(a->dprobs, FP32, keys, block, heads_operand(dout, false), heads_operand(x.v, true), a->heads, queries, keys, hs, false);
+        case D_VALUE: return attention_product(a->dqkv + 2 * C, FP32, ld, hs, heads_operand(probs, true), heads_operand(dout, false), a->heads, keys, hs, queries, later);
+        case D_QUERY: return attention_product(dq, FP32, ld, hs, heads_operand(dscores, false), heads_operand(x.k, false), a->heads, queries, hs, keys, false);
+        case D_KEY: return attention_product(a->dqkv + C, FP32, ld, hs, heads_operand(dscores, true), heads_operand(q, false), a->heads, keys, hs, queries, later);
+        default: die("attention has no product %d", (int)which);
+    }
+}
+
+// Sequence b of qkv (B, T, 3C), out and dout (B, T, C)
+static inline AttentionViews attention_views(const Attention* a, const void* qkv, const void* out, const void* dout, int b) {
+    size_t C = (size_t)a->heads * a->head_size, T = (size_t)a->T;
+    Heads base = {qkv, a->act, 3 * (int64_t)C, a->head_size};
+    base = heads_from(base, (size_t)b * T * 3 * C);
+    AttentionViews x;
+    x.q = base;
+    x.k = heads_from(base, C);
+    x.v = heads_from(base, 2 * C);
+    if (a->rope) {
+        x.q = Heads{a->q, a->act, 2 * (int64_t)C, a->head_size};
+        x.k = heads_from(x.q, C);
+    }
+    x.o = heads_from(Heads{out, a->act, (int64_t)C, a->head_size}, (size_t)b * T * C);
+    x.dout = heads_from(Heads{dout, a->act, (int64_t)C, a->head_size}, (size_t)b * T * C);
+    return x;
+}
+
+// The largest workspace that any product asks for. `backward`: those of the backward pass too.
+static inline void attention_plan(const Attention* a, Matmul* mm, bool backward) {
+    AttentionViews x = attention_views(a, NULL, NULL, NULL, 0);
+    for (int first = 0; first < a->T; first += attention_block(a->T)) {
+        int last = min_of(a->T, first + attention_block(a->T));
+        for (int w = 0; w < (backward ? (int)ATTENTION_PRODUCTS : (int)D_PROBS); w++) {
+            MatmulCall call = attention_call(a, (AttentionProduct)w, x, first, last);
+            matmul_plan(mm, &call);
+        }
+    }
+}
+
+template <class T> static inline void attention_rotate(const Attention* a, const void* qkv, int b, Stream s) {
+    if (!a->rope) { return; }
+    size_t C = (size_t)a->heads * a->head_size, half = (size_t)a->head_size / 2;
+    run_rows(RotateForward<T>{(T*)a->q, (const T*)qkv + (size_t)b * a->T * 3 * C, a->rotary, a->rotary + a->T * half, a->heads, a->head_size}, a->T, s);
+}
+
+template <class T> static inline void attention_forward_as(Attention* a, Matmul* mm, T* out, float* lse, const T* qkv, int B, Stream s) {
+    float factor = 1.0f / sqrtf((float)a->head_size);
+    for (int b = 0; b < B; b++) {
+        attention_rotate<T>(a, qkv, b, s);
+        AttentionViews x = attention_views(a, qkv, out, NULL, b);
+        for (int first = 0; first < a->T; first += attention_block(a->T)) {
+            int last = min_of(a->T, first + attention_block(a->T));
+            MatmulCall scores = attention_call(a, SCORES, x, first, last), output = attention_call(a, OUTPUT, x, first, last);
+            matmul(mm, &scores, s);
+            run_rows(SoftmaxForward<T>{(T*)a->probs, lse + (size_t)b * a->heads * a->T, a->scores, factor, first, last - first, last, a->T},
+                     a->heads * (last - first), s);
+            matmul(mm, &output, s);
+        }
+    }
+}
+
+template <class T>
+static inline void attention_backward_as(Attention* a, Matmul* mm, T* dqkv, const T* dout, const T* qkv, const float* lse, int B, Stream s) {
+    float factor = 1.0f / sqrtf((float)a->head_size);
+    size_t C = (size_t)a->heads * a->head_size, half = (size_t)a->head_size / 2;
+    for (int b = 0; b < B; b++) {
+        attention_rotate<T>(a, qkv, b, s);
+        AttentionViews x = attention_views(a, qkv, NULL, dout, b);
+        int block = attention_block(a->T);
+        for (int first = (a->T - 1) / block * block; first >= 0; first -= block) {
+            int last = min_of(a->T, first + block);
+            MatmulCall scores = attention_call(a, SCORES, x, first, last), dprobs = attention_call(a, D_PROBS, x, first, last);
+            matmul(mm, &scores, s);
+            matmul(mm, &dprobs, s);
+            run_rows(SoftmaxBackward<T>{(T*)a->probs, (T*)a->dscores, lse + (size_t)b * a->heads * a->T, a->scores, a->dprobs, factor, first,
+                                        last - first, last, a->T}, a->heads * (last - first), s);
+            const AttentionProduct rest[] = {D_VALUE, D_QUERY, D_KEY};
+            for (AttentionProduct which : rest) {
+                MatmulCall call = attention_call(a, which, x, first, last);
+                matmul(mm, &call, s);
+            }
+        }
+        const float* sine = a->rope ? a->rotary + (size_t)a->T * half : NULL;
+        run_rows(StoreGradient<T>{dqkv + (size_t)b * a->T * 3 * C, a->dqkv, a->rotary, sine, a->heads, a->head_size}, a->T, s);
+    }
+}
+
+// out (B, T, C) and lse (B, heads, T) from qkv (B, T, 3C)
+static inline void attention_forward(Attention* a, Matmul* mm, void* out, float* lse, const void* qkv, int B, Stream s) {
+    ProfileScope scope("attention forward");
+    if (a->act == FP32) { attention_forward_as(a, mm, (float*)out, lse, (const float*)qkv, B, s); }
+    else { attention_forward_as(a, mm, (bf16*)out, lse, (const bf16*)qkv, B, s); }
+}
+
+// dqkv (B, T, 3C) from dout (B, T, C), qkv and lse
+static inline void attention_backward(Attention* a, Matmul* mm, void* dqkv, const void* dout, const void* qkv, const float* lse, int B, Stream s) {
+    ProfileScope scope("attention backward");
+    if (a->act == FP32) { attention_backward_as(a, mm, (float*)dqkv, (const float*)dout, (const float*)qkv, lse, B, s); }
+    else { attention_backward_as(a, mm, (bf16*)dqkv, (const bf16*)dout, (const bf16*)qkv, lse, B, s); }
+}

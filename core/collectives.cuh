@@ -1,0 +1,527 @@
+// collectives.cuh: what processes do together: one interface, two backends.
+//
+// NCCL carries device memory where every rank has a GPU to itself. MPI carries everything else: the CPU build's arrays directly, a GPU's arrays staged
+// through pinned host memory (so that two ranks may share a GPU), and what lives on the host in any build. A program that was not started by an MPI
+// launcher, or was built without MPI, is one process: then nothing here sends anything, and MPI, whose start costs 0.3 s, is not touched.
+//
+// Sums are in FP32 in the order of the ranks, ((r0 + r1) + r2) + …, whatever the version of MPI and wherever an array is cut: the n elements are cut
+// into one part a rank, every rank sends each part to its owner, the owner adds what it receives in the order of the ranks, and sends the result to
+// all. It goes in chunks through one pipeline, so that a chunk is added while the next arrives, and sent on while it is in the cache:
+//
+//     step c:  start the exchange of chunk c+1 | wait for chunk c | add | start sending its sums
+//
+// A rank sends n·4 - own + own·(R-1) bytes, own being its part's: 2·4n·(R-1)/R if R divides n, as a ring does. NCCL sums in an order of its own; in
+// both every rank ends with the same bytes.
+//
+//     World world = world_init(&argc, &argv);
+//     world_select_device(&world);
+//     Group group = group_world(&world, false);
+//     group_set_buffer(&group, memory_take(&memory, COMMUNICATION, group_buffer_bytes(&group), 1));
+//     all_reduce_sum(&group, gradients, n, stream);
+//     group_free(&group);
+//     world_finalize(&world);
+//
+// Every rank of a group makes the same calls in the same order with the same sizes.
+#pragma once
+#include "device.cuh"
+#include <limits.h>
+#include <sched.h>
+#ifdef USE_MPI
+#define OMPI_SKIP_MPICXX 1   // not the C++ bindings that MPI has dropped: they would need a library of their own
+#define MPICH_SKIP_MPICXX 1
+#include <mpi.h>
+#endif
+#if defined(USE_CUDA) && defined(USE_MPI) && defined(USE_NCCL)
+#include "nccl.cuh"
+#define NCCL_TRANSPORT 1
+#endif
+
+struct World {
+    int rank, size;              // over all nodes
+    int local_rank, local_size;  // among the processes of this node
+    int cores;                   // of this node for this process: those it may run on, shared with the ranks that may run on the same ones
+    int ranks_per_device;        // that share a GPU, or this node's memory on a CPU; the most of any node; known after world_select_device
+#ifdef USE_MPI
+    bool uses_mpi;
+    MPI_Comm local;              // the processes of this node
+#endif
+};
+
+enum Transport { ALONE, OVER_MPI, OVER_MPI_STAGED, OVER_NCCL };
+
+enum CommOperation { ALL_REDUCE_SUM, ALL_REDUCE_MAX, BROADCAST, HOST_ALL_REDUCE_SUM, HOST_ALL_GATHER, COMM_OPERATIONS };
+
+static const char* const comm_names[COMM_OPERATIONS] = {"all_reduce_sum", "all_reduce_max", "broadcast", "host_all_reduce_sum", "host_all_gather"};
+
+constexpr size_t COMM_CHUNK_BYTES = 1024 * 1024;            // of one message; with less, ranks that share cores wait for each other too often
+constexpr size_t COMM_BUFFER_BYTES = 16 * 1024 * 1024;      // with many ranks the chunks get smaller, down to 4 KiB
+constexpr size_t COMM_BROADCAST_BYTES = 16 * 1024 * 1024;   // a broadcast is cut into these: MPI counts with int
+constexpr size_t COMM_STAGING_BYTES = 16 * 1024 * 1024;     // pinned, of a group that is staged
+constexpr int COMM_HOST_DOUBLES = 64;                       // that go in one message
+
+// Processes that exchange data.
+struct Group {
+    int rank, size;
+    Transport transport;
+    int ranks_per_device;
+    uint64_t bytes_sent[COMM_OPERATIONS];  // payload that this rank has sent
+#ifdef USE_MPI
+    MPI_Comm comm;
+    MPI_Request* requests;      // (2, 4 * (size - 1)): of even and odd chunks: receives and sends of parts, then of sums
+    MPI_Status* statuses;       // (2 * (size - 1))
+    double* gathered;           // (size, COMM_HOST_DOUBLES)
+    float* slots;               // (2, size - 1, comm_chunk): the parts that arrive, for even and odd chunks
+    float* staging;             // COMM_STAGING_BYTES, pinned, then the slots
+#endif
+#ifdef NCCL_TRANSPORT
+    ncclComm_t nccl;
+#endif
+};
+
+// elements of one message
+static inline size_t comm_chunk(int size) {
+    size_t bytes = COMM_BUFFER_BYTES / (2 * (size_t)max_of(size - 1, 1)) / 4096 * 4096;
+    return min_of(COMM_CHUNK_BYTES, max_of(bytes, (size_t)4096)) / sizeof(float);
+}
+static inline size_t comm_slots_bytes(int size) { return 2 * ((size_t)size - 1) * comm_chunk(size) * sizeof(float); }
+
+// How many processes the launcher says it started: 0: there was no launcher; -1: there was, it does not say.
+static inline int launched_processes(void) {
+    const char* sizes[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
+    for (const char* name : sizes) {
+        const char* value = getenv(name);
+        if (value != NULL && atoi(value) > 0) { return atoi(value); }
+    }
+    return getenv("PMIX_RANK") != NULL || getenv("PMI_RANK") != NULL ? -1 : 0;
+}
+
+static inline int allowed_cores(cpu_set_t* set) {
+    CPU_ZERO(set);
+    int n = sched_getaffinity(0, sizeof(*set), set) == 0 ? CPU_COUNT(set) : (int)sysconf(_SC_NPROCESSORS_ONLN);  // fails beyond 1024 cores
+    return max_of(n, 1);
+}
+
+#ifdef USE_MPI
+
+static inline void mpi_check(int code, const char* call, const char* file, int line) {
+    if (code == MPI_SUCCESS) { return; }
+    char text[MPI_MAX_ERROR_STRING] = "";
+    int length = 0, kind = MPI_ERR_OTHER;
+    MPI_Error_string(code, text, &length);
+    MPI_Error_class(code, &kind);
+    const char* hint = kind == MPI_ERR_TRUNCATE ? "the ranks disagree about a size: were all started from the same binary with the same flags?"
+        : kind == MPI_ERR_NO_MEM ? "the node is out of memory, or /dev/shm is full"
+        : "another rank has probably ended: look for its message first";
+    die("%s:%d: %s: %s; hint: %s", file, line, call, text, hint);
+}
+#define MPI_CHECK(call) mpi_check((call), #call, __FILE__, __LINE__)
+
+// e.g. "Open MPI 4.1.4" of "Open MPI v4.1.4, package: …"
+static inline void mpi_describe(char* out, size_t size) {
+    char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+    int length = 0;
+    MPI_CHECK(MPI_Get_library_version(text, &length));
+    size_t n = 0;
+    for (const char* p = text; *p != '\0' && *p != ',' && *p != '\n' && n + 1 < size; p++) {
+        bool blank = *p == ' ' || *p == '\t';
+        if (blank && (n == 0 || out[n - 1] == ' ')) { continue; }
+        if (*p == 'v' && n > 0 && out[n - 1] == ' ' && p[1] >= '0' && p[1] <= '9') { continue; }
+        out[n++] = blank ? ' ' : *p;
+    }
+    out[n] = '\0';
+}
+
+static inline void mpi_abort(int code) { MPI_Abort(MPI_COMM_WORLD, code); }
+
+static inline void world_start_mpi(World* w, int* argc, char*** argv, int launched) {
+    // A rank that waits gives its core to whoever can use it. Open MPI does so by itself only when it sees more ranks than cores; it sees no threads and no
+    // other programs, and then an exchange was seen to take 10 times as long. On idle cores it costs nothing that can be measured.
+    setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
+    int level = 0;
+    MPI_CHECK(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level));
+    MPI_CHECK(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN));
+    MPI_CHECK(MPI_Comm_size(MPI_COMM_WORLD, &w->size));
+    MPI_CHECK(MPI_Comm_rank(MPI_COMM_WORLD, &w->rank));
+    if (launched > 0 && launched != w->size) {
+        char name[128];
+        mpi_describe(name, sizeof(name));
+        bad_input("the launcher started %d processes, but MPI sees %d: the launcher belongs to another MPI than this binary (%s); use the mpirun of that one, "
+            "or srun --mpi=pmix", launched, w->size, name);
+    }
+    process.rank = w->rank;
+    process.abort = mpi_abort;
+    if (level < MPI_THREAD_FUNNELED) { die("this MPI does not allow threads (MPI_THREAD_FUNNELED): level %d", level); }
+    MPI_CHECK(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, w->rank, MPI_INFO_NULL, &w->local));
+    MPI_CHECK(MPI_Comm_set_errhandler(w->local, MPI_ERRORS_RETURN));
+    MPI_CHECK(MPI_Comm_size(w->local, &w->local_size));
+    MPI_CHECK(MPI_Comm_rank(w->local, &w->local_rank));
+    w->uses_mpi = true;
+}
+
+// How many processes of this node hold the same `bytes` bytes as this one; 1 to local_size
+static inline int local_count_same(const World* w, const void* mine, size_t bytes) {
+    if (!w->uses_mpi) { return 1; }
+    char* all = (char*)host_alloc(bytes * (size_t)w->local_size);
+    MPI_CHECK(MPI_Allgather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, w->local));
+    int same = 0;
+    for (int r = 0; r < w->local_size; r++) { same += memcmp(all + (size_t)r * bytes, mine, bytes) == 0; }
+    free(all);
+    return same;
+}
+
+#else
+static inline int local_count_same(const World*, const void*, size_t) { return 1; }
+#endif
+
+// Starts MPI where a launcher asked for it.
+static inline World world_init(int* argc, char*** argv) {
+    World w = {};
+    w.size = w.local_size = w.ranks_per_device = 1;
+    int launched = launched_processes();
+#ifdef USE_MPI
+    if (launched != 0) { world_start_mpi(&w, argc, argv, launched); }
+#else
+    (void)argc, (void)argv;
+    if (launched > 1) {
+        bad_input("the launcher started %d processes, but this binary was built without MPI and can only be one; install an MPI with its mpicc and "
+            "build again", launched);
+    }
+#endif
+    cpu_set_t set;
+    int cores = allowed_cores(&set);
+    w.cores = max_of(cores / local_count_same(&w, &set, sizeof(set)), 1);
+    return w;
+}
+
+static inline void world_finalize(World* w) {
+#ifdef USE_MPI
+    if (w->uses_mpi) {
+        MPI_CHECK(MPI_Comm_free(&w->local));
+        process.abort = NULL;
+        MPI_CHECK(MPI_Finalize());
+    }
+#endif
+    *w = World{};
+}
+
+// Takes the GPU whose number is the rank within the node (a launcher may also show each rank a GPU of its own), and sees who shares it.
+static inline void world_select_device(World* w) {
+#ifdef USE_CUDA
+    int count = device_count();
+    if (count == 0) { bad_input("no GPU is visible to this process, and this binary was built for GPUs; make DEVICE=cpu builds one for the CPU"); }
+    int device = w->local_rank % count;
+    device_select(device);
+    char id[32] = "";
+    CUDA_CHECK(cudaDeviceGetPCIBusId(id, (int)sizeof(id), device));
+    w->ranks_per_device = local_count_same(w, id, sizeof(id));
+#else
+    w->ranks_per_device = w->local_size;
+#endif
+#ifdef USE_MPI
+    if (w->uses_mpi) { MPI_CHECK(MPI_Allreduce(MPI_IN_PLACE, &w->ranks_per_device, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD)); }
+#endif
+}
+
+// All ranks. On GPUs `allow_staged` says whether ranks may exchange through host memory where NCCL cannot serve them; otherwise that is refused.
+static inline Group group_world(const World* w, bool allow_staged) {
+    Group g = {};
+    g.rank = w->rank;
+    g.size = w->size;
+    g.ranks_per_device = w->ranks_per_device;
+    g.transport = ALONE;
+    (void)allow_staged;
+#ifdef USE_MPI
+    if (w->size == 1) { return g; }
+    g.transport = OVER_MPI;
+#ifdef USE_CUDA
+    g.transport = OVER_MPI_STAGED;
+#ifdef NCCL_TRANSPORT
+    if (w->ranks_per_device == 1) { g.transport = OVER_NCCL; }
+    const char* reason = "NCCL needs a GPU for each";
+#else
+    const char* reason = "this binary was built without NCCL";
+#endif
+    if (g.transport == OVER_MPI_STAGED && !allow_staged) {
+        bad_input("%d rank%s a GPU, but %s; start fewer ranks, or let them exchange through host memory with --staged", w->ranks_per_device,
+            w->ranks_per_device == 1 ? "" : "s", reason);
+    }
+#endif
+    size_t peers = (size_t)g.size - 1;
+    MPI_CHECK(MPI_Comm_dup(MPI_COMM_WORLD, &g.comm));
+    MPI_CHECK(MPI_Comm_set_errhandler(g.comm, MPI_ERRORS_RETURN));
+    g.requests = (MPI_Request*)host_alloc(2 * 4 * peers * sizeof(MPI_Request));
+    for (size_t i = 0; i < 2 * 4 * peers; i++) { g.requests[i] = MPI_REQUEST_NULL; }
+    g.statuses = (MPI_Status*)host_alloc(2 * peers * sizeof(MPI_Status));
+    g.gathered = (double*)host_alloc((size_t)g.size * COMM_HOST_DOUBLES * sizeof(double));
+#ifdef USE_CUDA
+    if (g.transport == OVER_MPI_STAGED) {
+        CUDA_CHECK(cudaMallocHost((void**)&g.staging, COMM_STAGING_BYTES + comm_slots_bytes(g.size)));
+        g.slots = g.staging + COMM_STAGING_BYTES / sizeof(float);
+    }
+#endif
+#ifdef NCCL_TRANSPORT
+    if (g.transport == OVER_NCCL) {
+        ncclUniqueId id = {};
+        if (g.rank == 0) { id = nccl_unique_id(); }
+        MPI_CHECK(MPI_Bcast(&id, (int)sizeof(id), MPI_BYTE, 0, g.comm));
+        g.nccl = nccl_connect(id, g.size, g.rank);
+    }
+#endif
+#endif
+    return g;
+}
+
+// Bytes of the COMMUNICATION category that the group works in; asks only for its size and transport, so that a plan may ask for any. Pinned host memory,
+// which a staged group takes itself, is not among them.
+static inline size_t group_buffer_bytes(const Group* g) { return g->transport == OVER_MPI ? comm_slots_bytes(g->size) : 0; }
+
+// Before the first all-reduce. The group does not own the buffer.
+static inline void group_set_buffer(Group* g, void* buffer) {
+#ifdef USE_MPI
+    if (g->transport == OVER_MPI) { g->slots = (float*)buffer; }
+#endif
+    (void)g, (void)buffer;
+}
+
+static inline void group_free(Group* g) {
+#ifdef USE_MPI
+    if (g->transport != ALONE) {
+#ifdef NCCL_TRANSPORT
+        if (g->transport == OVER_NCCL) { nccl_disconnect(g->nccl); }
+#endif
+#ifdef USE_CUDA
+        if (g->staging != NULL) { CUDA_CHECK(cudaFreeHost(g->staging)); }
+#endif
+        MPI_CHECK(MPI_Comm_free(&g->comm));
+        free(g->requests);
+        free(g->statuses);
+        free(g->gathered);
+    }
+#endif
+    *g = Group{};
+}
+
+// What carries the payload, for people: "NCCL 2.28.9", "MPI (Open MPI 4.1.4)", …; 128 bytes hold it
+static inline void group_describe(const Group* g, char* out, size_t size) {
+    snprintf(out, size, "one process");
+#ifdef USE_MPI
+    if (g->transport == ALONE) { return; }
+    char library[64];
+#ifdef NCCL_TRANSPORT
+    if (g->transport == OVER_NCCL) { nccl_describe(out, size); return; }
+#endif
+    mpi_describe(library, sizeof(library));
+    if (g->transport == OVER_MPI) { snprintf(out, size, "MPI (%s)", library); return; }
+    snprintf(out, size, "MPI (%s) staged through host memory, %d rank%s a GPU", library, g->ranks_per_device, g->ranks_per_device == 1 ? "" : "s");
+#else
+    (void)g;
+#endif
+}
+
+// ---- the all-reduce over MPI ----
+
+#ifdef USE_MPI
+
+struct Add {
+    static float of(float a, float b) { return a + b; }
+};
+struct MaxBits {
+    static float of(float a, float b) { return float_to_bits(a) < float_to_bits(b) ? b : a; }
+};
+
+enum { TAG_PART = 1, TAG_SUM = 2 };
+
+// element at which the part of `rank` begins
+static inline size_t part_begin(size_t n, int rank, int size) {
+    return n / (size_t)size * (size_t)rank + min_of(n % (size_t)size, (size_t)rank);
+}
+
+static inline void wait_all(Group* g, MPI_Request* requests) {  // 2 * (size - 1) of them
+    int n = 2 * (g->size - 1);
+    int code = MPI_Waitall(n, requests, g->statuses);
+    for (int i = 0; code == MPI_ERR_IN_STATUS && i < n; i++) {
+        if (g->statuses[i].MPI_ERROR != MPI_SUCCESS && g->statuses[i].MPI_ERROR != MPI_ERR_PENDING) { code = g->statuses[i].MPI_ERROR; }
+    }
+    mpi_check(code, "MPI_Waitall", __FILE__, __LINE__);
+}
+
+// mine = ((r0 + r1) + …), r_rank being mine and the others' in the slots, in the order of the ranks
+template <class Op> static void fold_ranks(float* mine, float* slots, size_t stride, size_t n, int rank, int size) {
+    constexpr size_t BLOCK = 4096;  // elements: all passes over a block stay in the first-level cache
+    long blocks = (long)ceil_div(n, BLOCK);
+#pragma omp parallel for schedule(static) if (blocks > 4)
+    for (long b = 0; b < blocks; b++) {
+        size_t i0 = (size_t)b * BLOCK, m = min_of(BLOCK, n - i0);
+        float* own = mine + i0;
+        float* total = rank == 0 ? own : slots + i0;  // the sum so far, from rank 0's values on
+        for (int r = 1; r < size; r++) {
+            const float* next = r == rank ? own : slots + (size_t)(r < rank ? r : r - 1) * stride + i0;
+            float* to = r >= rank ? own : total;
+#pragma omp simd
+            for (size_t i = 0; i < m; i++) { to[i] = Op::of(total[i], next[i]); }
+            total = to;
+        }
+    }
+}
+
+template <class Op> static void mpi_all_reduce(Group* g, float* data, size_t n, CommOperation counter) {
+    if (g->slots == NULL) { die("the group has no buffer: group_set_buffer comes before the first all-reduce"); }
+    const int R = g->size, rank = g->rank;
+    const size_t peers = (size_t)R - 1, chunk = comm_chunk(R);
+    const size_t chunks = ceil_div(ceil_div(n, (size_t)R), chunk);  // of the longest part
+    // chunk c of the part of rank p: its first element, and its length, which may be 0
+    auto begin = [=](int p, size_t c) { return min_of(part_begin(n, p, R) + c * chunk, part_begin(n, p + 1, R)); };
+    auto length = [=](int p, size_t c) { return begin(p, c + 1) - begin(p, c); };
+    auto slots = [=](size_t c) { return g->slots + (c & 1) * peers * chunk; };
+    auto parts = [=](size_t c) { return g->requests + (c & 1) * 4 * peers; };
+    auto sums = [=](size_t c) { return g->requests + (c & 1) * 4 * peers + 2 * peers; };
+    auto exchange = [=](int peer, int tag, float* to, size_t receive, const float* from, size_t send, MPI_Request* requests) {
+        if (receive > 0) { MPI_CHECK(MPI_Irecv(to, (int)receive, MPI_FLOAT, peer, tag, g->comm, &requests[0])); }
+        if (send > 0) { MPI_CHECK(MPI_Isend(from, (int)send, MPI_FLOAT, peer, tag, g->comm, &requests[1])); }
+        g->bytes_sent[counter] += send * sizeof(float);
+    };
+    auto start_parts = [=](size_t c) {
+        for (int k = 1; k < R; k++) {  // the next rank first, then the one after: so no rank is everyone's first
+            int p = (rank + k) % R;
+            float* slot = slots(c) + (size_t)(p < rank ? p : p - 1) * chunk;
+            exchange(p, TAG_PART, slot, length(rank, c), data + begin(p, c), length(p, c), parts(c) + 2 * (k - 1));
+        }
+    };
+    auto start_sums = [=](size_t c) {
+        for (int k = 1; k < R; k++) {
+            int p = (rank + k) % R;
+            exchange(p, TAG_SUM, data + begin(p, c), length(p, c), data + begin(rank, c), length(rank, c), sums(c) + 2 * (k - 1));
+        }
+    };
+    if (chunks > 0) { start_parts(0); }
+    for (size_t c = 0; c < chunks; c++) {
+        if (c + 1 < chunks) { start_parts(c + 1); }
+        wait_all(g, parts(c));  // the sends too: the sums will be received where they send from
+        fold_ranks<Op>(data + begin(rank, c), slots(c), chunk, length(rank, c), rank, R);
+        wait_all(g, sums(c));   // those of chunk c - 2
+        start_sums(c);
+    }
+    wait_all(g, sums(0));
+    wait_all(g, sums(1));
+}
+
+template <class Op> static void all_reduce(Group* g, float* data, size_t n, Stream stream, CommOperation counter) {
+    if (g->transport == OVER_MPI) {
+        mpi_all_reduce<Op>(g, data, n, counter);
+        return;
+    }
+    constexpr size_t PIECE = COMM_STAGING_BYTES / sizeof(float);
+    for (size_t i = 0; i < n; i += PIECE) {
+        size_t m = min_of(PIECE, n - i);
+        copy_to_host(g->staging, data + i, m * sizeof(float), stream);
+        mpi_all_reduce<Op>(g, g->staging, m, counter);
+        copy_to_device(data + i, g->staging, m * sizeof(float), stream);
+        stream_sync(stream);  // before the staging is written again
+    }
+}
+
+// what a ring sends, per rank: NCCL does not say what it does
+static inline uint64_t ring_bytes(const Group* g, size_t bytes) { return 2 * (uint64_t)bytes * ((uint64_t)g->size - 1) / (uint64_t)g->size; }
+
+#endif
+
+// ---- the interface ----
+
+// data = Σ over the ranks, in place, in device memory; n may be any size. The same bytes on every rank; over MPI added in the order of the ranks.
+static inline void all_reduce_sum(Group* g, float* data, size_t n, Stream stream) {
+    if (g->transport == ALONE) { return; }
+#ifdef NCCL_TRANSPORT
+    if (g->transport == OVER_NCCL) {
+        nccl_all_reduce_sum(g->nccl, data, n, stream);
+        g->bytes_sent[ALL_REDUCE_SUM] += ring_bytes(g, n * sizeof(float));
+        return;
+    }
+#endif
+#ifdef USE_MPI
+    all_reduce<Add>(g, data, n, stream, ALL_REDUCE_SUM);
+#else
+    (void)data, (void)n, (void)stream;
+#endif
+}
+
+// data = max over the ranks of values that are not negative, in place, in device memory; compared by their bits: NaN wins over inf, inf over the rest.
+static inline void all_reduce_max(Group* g, float* data, size_t n, Stream stream) {
+    if (g->transport == ALONE) { return; }
+#ifdef NCCL_TRANSPORT
+    if (g->transport == OVER_NCCL) {
+        nccl_all_reduce_max(g->nccl, data, n, stream);
+        g->bytes_sent[ALL_REDUCE_MAX] += ring_bytes(g, n * sizeof(float));
+        return;
+    }
+#endif
+#ifdef USE_MPI
+    all_reduce<MaxBits>(g, data, n, stream, ALL_REDUCE_MAX);
+#else
+    (void)data, (void)n, (void)stream;
+#endif
+}
+
+// Everyone gets root's bytes of device memory. Counted as one copy to each other rank, sent by root.
+static inline void broadcast(Group* g, void* data, size_t bytes, int root, Stream stream) {
+    if (g->transport == ALONE) { return; }
+    if (g->rank == root) { g->bytes_sent[BROADCAST] += (uint64_t)bytes * ((uint64_t)g->size - 1); }
+#ifdef NCCL_TRANSPORT
+    if (g->transport == OVER_NCCL) {
+        nccl_broadcast(g->nccl, data, bytes, root, stream);
+        return;
+    }
+#endif
+#ifdef USE_MPI
+    static_assert(COMM_BROADCAST_BYTES <= COMM_STAGING_BYTES, "a piece of a broadcast is staged whole");
+    bool staged = g->transport == OVER_MPI_STAGED;
+    for (size_t i = 0; i < bytes; i += COMM_BROADCAST_BYTES) {
+        size_t m = min_of(COMM_BROADCAST_BYTES, bytes - i);
+        char* piece = staged ? (char*)g->staging : (char*)data + i;
+        if (staged && g->rank == root) { copy_to_host(piece, (char*)data + i, m, stream); }
+        MPI_CHECK(MPI_Bcast(piece, (int)m, MPI_BYTE, root, g->comm));
+        if (staged && g->rank != root) { copy_to_device((char*)data + i, piece, m, stream); stream_sync(stream); }
+    }
+#else
+    (void)data, (void)stream;
+#endif
+}
+
+// out = (size, bytes): what each rank gave as `mine`, in the order of the ranks; host memory
+static inline void host_all_gather(Group* g, void* out, const void* mine, size_t bytes) {
+    if (g->transport == ALONE) {
+        memcpy(out, mine, bytes);
+        return;
+    }
+#ifdef USE_MPI
+    if (bytes > INT_MAX) { die("host_all_gather: %zu bytes a rank; %d are the most", bytes, INT_MAX); }
+    MPI_CHECK(MPI_Allgather(mine, (int)bytes, MPI_BYTE, out, (int)bytes, MPI_BYTE, g->comm));
+    g->bytes_sent[HOST_ALL_GATHER] += (uint64_t)bytes * ((uint64_t)g->size - 1);
+#endif
+}
+
+// x = Σ over the ranks, in place, in the order of the ranks; host memory. For losses and norms: a few values.
+static inline void host_all_reduce_sum(Group* g, double* x, int n) {
+    if (g->transport == ALONE) { return; }
+#ifdef USE_MPI
+    for (int i = 0; i < n; i += COMM_HOST_DOUBLES) {
+        int m = min_of(COMM_HOST_DOUBLES, n - i);
+        MPI_CHECK(MPI_Allgather(x + i, m, MPI_DOUBLE, g->gathered, m, MPI_DOUBLE, g->comm));
+        for (int k = 0; k < m; k++) {
+            double total = g->gathered[k];
+            for (int r = 1; r < g->size; r++) { total += g->gathered[r * m + k]; }
+            x[i + k] = total;
+        }
+        g->bytes_sent[HOST_ALL_REDUCE_SUM] += (uint64_t)m * sizeof(double) * ((uint64_t)g->size - 1);
+    }
+#else
+    (void)x, (void)n;
+#endif
+}
+
+// Returns when every rank has called it. Work on streams is not waited for.
+static inline void barrier(Group* g) {
+    if (g->transport == ALONE) { return; }
+#ifdef USE_MPI
+    MPI_CHECK(MPI_Barrier(g->comm));
+#endif
+}

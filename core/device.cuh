@@ -1,0 +1,455 @@
+// device.cuh: one source for two devices: memory, streams, and kernels written once over a Team.
+//
+// A kernel is a struct with its arguments as fields and a call operator over (team, row):
+//
+//     struct Scale {                       // y = a * x
+//         float* y; const float* x; float a; int C;
+//         template <class Team> DEVICE void operator()(Team team, int row) const {
+//             const float* xr = x + (size_t)row * C; float* yr = y + (size_t)row * C; float k = a;
+//             team.each(C, [=](auto c) { store(yr, c, load(xr, c) * k); });
+//         }
+//     };
+//     run_rows(Scale{y, x, 2.0f, C}, rows, stream);
+//
+// On a GPU a Team is a block of threads, and `c` stands for 8 neighbouring elements (16-byte loads) where the row length allows, else for one. On a
+// CPU a Team is one OpenMP iteration, `c` is one element, and the loops are SIMD loops. Fields are copied into locals before a loop: the compiler then
+// knows that a store cannot change them. Both forms add in a fixed order, so results repeat. Arithmetic is the same on both: contraction is off in
+// the build, and a fused multiply-add is written where it is meant (`fma`).
+//
+// Everything that only nvcc understands is here and in the tile kernels of matmul.cuh: launch syntax, shared memory, shuffles.
+#pragma once
+#include "common.h"
+#include "float8.cuh"
+#ifdef USE_CUDA
+#include <cuda_runtime.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// ---- memory and streams ----
+
+#ifdef USE_CUDA
+
+typedef cudaStream_t Stream;
+static const bool device_is_gpu = true;
+static const char* const device_kind = "cuda";
+
+static inline void cuda_check(cudaError_t e, const char* call, const char* file, int line) {
+    if (e == cudaSuccess) { return; }
+    const char* hint = e == cudaErrorMemoryAllocation ? "; hint: a smaller --micro-batch or a higher --recompute"
+        : e == cudaErrorNoKernelImageForDevice ? "; hint: the binary was not built for this GPU: make GPU_ARCH=<its compute capability>"
+        : e == cudaErrorInsufficientDriver ? "; hint: the driver is older than the CUDA toolkit of the build" : "";
+    die("%s:%d: %s: %s%s", file, line, call, cudaGetErrorString(e), hint);
+}
+#define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
+
+static inline void* device_alloc(size_t bytes) { void* p = NULL; CUDA_CHECK(cudaMalloc(&p, bytes > 0 ? bytes : 1)); return p; }
+static inline void device_free(void* p) { CUDA_CHECK(cudaFree(p)); }
+static inline void copy_to_device(void* d, const void* host, size_t bytes, Stream s) {
+    CUDA_CHECK(cudaMemcpyAsync(d, host, bytes, cudaMemcpyHostToDevice, s));
+}
+// returns when the bytes have arrived
+static inline void copy_to_host(void* host, const void* d, size_t bytes, Stream s) {
+    CUDA_CHECK(cudaMemcpyAsync(host, d, bytes, cudaMemcpyDeviceToHost, s));
+    CUDA_CHECK(cudaStreamSynchronize(s));
+}
+static inline void device_copy(void* d, const void* src, size_t bytes, Stream s) {
+    CUDA_CHECK(cudaMemcpyAsync(d, src, bytes, cudaMemcpyDeviceToDevice, s));
+}
+static inline void device_zero(void* d, size_t bytes, Stream s) { CUDA_CHECK(cudaMemsetAsync(d, 0, bytes, s)); }
+static inline Stream stream_create(void) { Stream s; CUDA_CHECK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking)); return s; }
+static inline void stream_destroy(Stream s) { CUDA_CHECK(cudaStreamDestroy(s)); }
+static inline void stream_sync(Stream s) { CUDA_CHECK(cudaStreamSynchronize(s)); }
+static inline int device_count(void) { int n = 0; return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0; }
+static inline void device_select(int i) { CUDA_CHECK(cudaSetDevice(i)); }
+// Capability of the selected device as 10 * major + minor, e.g. 90.
+static inline int device_capability(void) {
+    int i, major, minor;
+    CUDA_CHECK(cudaGetDevice(&i));
+    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i));
+    CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, i));
+    return 10 * major + minor;
+}
+static inline size_t device_memory_free(void) { size_t f, t; CUDA_CHECK(cudaMemGetInfo(&f, &t)); return f; }
+static inline void device_name(char* name, size_t size) {
+    cudaDeviceProp p;
+    int i;
+    CUDA_CHECK(cudaGetDevice(&i));
+    CUDA_CHECK(cudaGetDeviceProperties(&p, i));
+    snprintf(name, size, "%s", p.name);
+}
+
+#else
+
+typedef struct CpuStream* Stream;  // a CPU runs everything in program order: the only stream is NULL
+static const bool device_is_gpu = false;
+static const char* const device_kind = "cpu";
+
+static inline void* device_alloc(size_t bytes) {
+    void* p = aligned_alloc(256, round_up(bytes > 0 ? bytes : 1, (size_t)256));
+    if (p == NULL) { die("out of memory: %zu bytes asked for; a smaller --micro-batch or a higher --recompute needs less", bytes); }
+    return p;
+}
+static inline void device_free(void* p) { free(p); }
+static inline void copy_to_device(void* d, const void* host, size_t bytes, Stream) { memcpy(d, host, bytes); }
+static inline void copy_to_host(void* host, const void* d, size_t bytes, Stream) { memcpy(host, d, bytes); }
+static inline void device_copy(void* d, const void* src, size_t bytes, Stream) { memcpy(d, src, bytes); }
+static inline void device_zero(void* d, size_t bytes, Stream) { memset(d, 0, bytes); }
+static inline Stream stream_create(void) { return NULL; }
+static inline void stream_destroy(Stream) {}
+static inline void stream_sync(Stream) {}
+static inline size_t device_memory_free(void) { return (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE); }
+static inline void device_name(char* name, size_t size) {
+    snprintf(name, size, "CPU");
+    FILE* f = fopen("/proc/cpuinfo", "r");
+    if (f == NULL) { return; }
+    char line[512];
+    while (fgets(line, sizeof(line), f) != NULL) {
+        const char* colon = strchr(line, ':');
+        if (strncmp(line, "model name", 10) == 0 && colon != NULL) {
+            snprintf(name, size, "%s", colon + 2);
+            name[strcspn(name, "\n")] = '\0';
+            break;
+        }
+    }
+    fclose(f);
+}
+
+#endif
+
+// ---- packs: N elements of a row at once ----
+
+template <int N> struct Range { size_t i; };  // elements i … i+N-1
+
+template <int N> struct Vec {
+    float v[N];
+    template <class F> static DEVICE Vec map(F f) {
+        Vec r;
+        UNROLL
+        for (int k = 0; k < N; k++) { r.v[k] = f(k); }
+        return r;
+    }
+};
+template <int N> struct VecPair { Vec<N> a, b; };
+template <int N> DEVICE Vec<N> splat(Range<N>, float x) { return Vec<N>::map([&](int) { return x; }); }
+template <int N> DEVICE VecPair<N> pair_of(Vec<N> a, Vec<N> b) { return VecPair<N>{a, b}; }
+
+#define VEC_OPERATOR(op) \
+    template <int N> DEVICE Vec<N> operator op(Vec<N> a, Vec<N> b) { return Vec<N>::map([&](int k) { return a.v[k] op b.v[k]; }); } \
+    template <int N> DEVICE Vec<N> operator op(Vec<N> a, float b) { return Vec<N>::map([&](int k) { return a.v[k] op b; }); } \
+    template <int N> DEVICE Vec<N> operator op(float a, Vec<N> b) { return Vec<N>::map([&](int k) { return a op b.v[k]; }); }
+VEC_OPERATOR(+)
+VEC_OPERATOR(-)
+VEC_OPERATOR(*)
+VEC_OPERATOR(/)
+#undef VEC_OPERATOR
+
+// a * b + c, rounded once
+DEVICE float fma_of(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(a, b, c);
+#elif defined(__FMA__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return fmaf(a, b, c);  // right everywhere, slow where the CPU has no FMA
+#endif
+}
+
+// e^x within 2 units in the last place; beyond the float range 0 below and inf above; NaN stays. Cody-Waite reduction and a polynomial: libm's expf
+// does not vectorise, and this one gives the same bits on every device.
+DEVICE float exp_of(float x) {
+    float t = x < -87.0f ? -87.0f : x;
+    t = t > 88.7f ? 88.7f : t;
+    float n = fma_of(t, 1.44269504f, 12582912.0f);  // 1.5 * 2^23: the sum's low bits hold round(x / ln 2)
+    int e = (int)(float_to_bits(n) - 0x4b400000u);
+    n = n - 12582912.0f;
+    float r = fma_of(n, -0.693145752f, t);
+    r = fma_of(n, -1.42860677e-6f, r);
+    float p = fma_of(r, 1.98756914e-4f, 1.39819994e-3f);
+    p = fma_of(p, r, 8.33345205e-3f);
+    p = fma_of(p, r, 4.16657962e-2f);
+    p = fma_of(p, r, 1.66666657e-1f);
+    p = fma_of(p, r, 0.5f);
+    p = fma_of(p, r * r, r) + 1.0f;
+    int half = e >> 1;                              // 2^128 is no float: the factor goes in two steps
+    float y = p * exp2_int(half) * exp2_int(e - half);
+    y = x > 88.72283f ? bits_to_float(0x7f800000u) : y;
+    y = x < -87.33654f ? 0.0f : y;
+    return x == x ? y : x;
+}
+
+template <int N> DEVICE Vec<N> exp_of(Vec<N> a) { return Vec<N>::map([&](int k) { return exp_of(a.v[k]); }); }
+template <int N> DEVICE Vec<N> sqrt_of(Vec<N> a) { return Vec<N>::map([&](int k) { return sqrtf(a.v[k]); }); }
+template <int N> DEVICE Vec<N> fma_of(Vec<N> a, Vec<N> b, Vec<N> c) {
+    return Vec<N>::map([&](int k) { return fma_of(a.v[k], b.v[k], c.v[k]); });
+}
+template <int N> DEVICE Vec<N> fma_of(Vec<N> a, float b, Vec<N> c) { return Vec<N>::map([&](int k) { return fma_of(a.v[k], b, c.v[k]); }); }
+template <class T, int N> DEVICE Vec<N> round_to(Vec<N> a) { return Vec<N>::map([&](int k) { return round_to<T>(a.v[k]); }); }
+
+// NaN and inf win: the bits of |x| order as integers
+DEVICE uint32_t magnitude_bits(float x) { return float_to_bits(x) & 0x7fffffffu; }
+template <int N> DEVICE uint32_t magnitude_bits(Vec<N> a) {
+    uint32_t top = 0;
+    UNROLL
+    for (int k = 0; k < N; k++) { top = max_of(top, magnitude_bits(a.v[k])); }
+    return top;
+}
+// An integer that orders as the float does, NaN above all (if positive); its own inverse on bits
+DEVICE int32_t ordered_bits(int32_t u) { return u ^ ((u >> 31) & 0x7fffffff); }
+
+template <class T, int N> struct alignas(sizeof(T) * N >= 16 ? 16 : sizeof(T) * N) Raw { T e[N]; };
+
+// Moves a pack: on a GPU in words of 16 bytes where the row's packs are aligned to them, on a CPU by element (the compiler makes the vectors)
+#ifdef GPU_FORM
+template <class Word, class T, int N> DEVICE void move_words(T* d, const T* s) {
+    UNROLL
+    for (size_t k = 0; k < sizeof(T) * N / sizeof(Word); k++) { ((Word*)d)[k] = ((const Word*)s)[k]; }
+}
+template <class T, int N> DEVICE void move_pack(T* d, const T* s) {
+    if constexpr (N > 1 && sizeof(T) * N >= 16) { move_words<uint4, T, N>(d, s); }
+    else if constexpr (N > 1 && sizeof(T) * N == 8) { move_words<uint2, T, N>(d, s); }
+    else { move_words<T, T, N>(d, s); }
+}
+#endif
+template <class T, int N> DEVICE Raw<T, N> load_raw(const T* p, Range<N> c) {
+    Raw<T, N> r;
+#ifdef GPU_FORM
+    move_pack<T, N>(r.e, p + c.i);
+#else
+    for (int k = 0; k < N; k++) { r.e[k] = p[c.i + k]; }
+#endif
+    return r;
+}
+template <class T, int N> DEVICE void store_raw(T* p, Range<N> c, Raw<T, N> r) {
+#ifdef GPU_FORM
+    move_pack<T, N>(p + c.i, r.e);
+#else
+    for (int k = 0; k < N; k++) { p[c.i + k] = r.e[k]; }
+#endif
+}
+// The elements c of row p as floats
+template <class T, int N> DEVICE Vec<N> load(const T* p, Range<N> c) {
+    Raw<T, N> r = load_raw(p, c);
+    return Vec<N>::map([&](int k) { return to_float(r.e[k]); });
+}
+// rounds to nearest even
+template <class T, int N> DEVICE void store(T* p, Range<N> c, Vec<N> x) {
+    Raw<T, N> r;
+    UNROLL
+    for (int k = 0; k < N; k++) { from_float(r.e[k], x.v[k]); }
+    store_raw(p, c, r);
+}
+// `first`: the number of element p[0] within the unsharded tensor
+template <class T, int N> DEVICE void store_stochastic(T* p, Range<N> c, Vec<N> x, RandomKey key, uint64_t first) {
+    Raw<T, N> r;
+    UNROLL
+    for (int k = 0; k < N; k++) { from_float_stochastic(r.e[k], x.v[k], random_bits(key, first + c.i + k)); }
+    store_raw(p, c, r);
+}
+
+// *target = max(*target, value) for integers, from any number of rows at once; the order does not matter, so the result repeats
+DEVICE void atomic_max(uint32_t* target, uint32_t value) {
+#if defined(__CUDA_ARCH__)
+    atomicMax(target, value);
+#else
+    uint32_t seen = __atomic_load_n(target, __ATOMIC_RELAXED);
+    while (seen < value && !__atomic_compare_exchange_n(target, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+#endif
+}
+
+// ---- the CPU's Team: one OpenMP iteration ----
+
+struct CpuTeam {
+    // Packs of one element only: for rows whose start may be unaligned.
+    DEVICE CpuTeam unaligned() const { return *this; }
+    DEVICE bool leads() const { return true; }
+    DEVICE void sync() const {}
+
+    // f(c) for every c of 0 … n-1, in no order; the calls must not depend on each other
+    template <class F> DEVICE void each(int n, F f) const {
+#pragma omp simd
+        for (int i = 0; i < n; i++) { f(Range<1>{(size_t)i}); }
+    }
+    // Σ f(c)
+    template <class F> DEVICE float sum(int n, F f) const {
+        float s = 0.0f;
+#pragma omp simd reduction(+ : s)
+        for (int i = 0; i < n; i++) { s += f(Range<1>{(size_t)i}).v[0]; }
+        return s;
+    }
+    // Both sums of the pairs f(c)
+    template <class F> DEVICE VecPair<1> sum_pair(int n, F f) const {
+        float a = 0.0f, b = 0.0f;
+#pragma omp simd reduction(+ : a, b)
+        for (int i = 0; i < n; i++) { VecPair<1> p = f(Range<1>{(size_t)i}); a += p.a.v[0]; b += p.b.v[0]; }
+        return VecPair<1>{{{a}}, {{b}}};
+    }
+    // max |f(c)| as float bits: NaN and inf win. f may store as it goes.
+    template <class F> DEVICE uint32_t amax(int n, F f) const {
+        uint32_t top = 0;
+#pragma omp simd reduction(max : top)
+        for (int i = 0; i < n; i++) { uint32_t a = magnitude_bits(f(Range<1>{(size_t)i})); top = a > top ? a : top; }
+        return top;
+    }
+    // max f(c); a NaN wins
+    template <class F> DEVICE float max(int n, F f) const {
+        int32_t top = INT32_MIN;
+#pragma omp simd reduction(max : top)
+        for (int i = 0; i < n; i++) { int32_t a = ordered_bits((int32_t)float_to_bits(f(Range<1>{(size_t)i}).v[0])); top = a > top ? a : top; }
+        return bits_to_float((uint32_t)ordered_bits(top));
+    }
+    // out[c] = Σ over rows r0 … r1-1 of f(r, c), added in the order of the rows; returns max |f| as float bits. For sums by column over a strip of rows.
+    template <class F> DEVICE uint32_t columns(float* out, int r0, int r1, int n, F f) const {
+        uint32_t top = 0;
+        for (int r = r0; r < r1; r++) {
+            bool first = r == r0;
+#pragma omp simd reduction(max : top)
+            for (int i = 0; i < n; i++) {
+                Vec<1> v = f(r, Range<1>{(size_t)i});
+                out[i] = first ? v.v[0] : out[i] + v.v[0];
+                uint32_t a = magnitude_bits(v);
+                top = a > top ? a : top;
+            }
+        }
+        return top;
+    }
+    // the same for two sums at once
+    template <class F> DEVICE void columns_pair(float* out_a, float* out_b, int r0, int r1, int n, F f) const {
+        for (int r = r0; r < r1; r++) {
+            bool first = r == r0;
+#pragma omp simd
+            for (int i = 0; i < n; i++) {
+                VecPair<1> v = f(r, Range<1>{(size_t)i});
+                out_a[i] = first ? v.a.v[0] : out_a[i] + v.a.v[0];
+                out_b[i] = first ? v.b.v[0] : out_b[i] + v.b.v[0];
+            }
+        }
+    }
+};
+
+// ---- the GPU's Team: a block of threads ----
+
+#ifdef GPU_FORM
+constexpr int PACK = 8;          // elements a thread takes at once
+constexpr int TEAM_THREADS = 256;  // a multiple of 32: shuffles take whole warps
+
+struct GpuTeam {
+    int rank, size;
+    bool packed;
+
+    GPU GpuTeam unaligned() const { return GpuTeam{rank, size, false}; }
+    GPU bool leads() const { return rank == 0; }
+    GPU void sync() const { __syncthreads(); }
+
+    template <class F> GPU void each(int n, F f) const {
+        if (packed && n % PACK == 0) {
+            for (int i = rank; i < n / PACK; i += size) { f(Range<PACK>{(size_t)i * PACK}); }
+        } else {
+            for (int i = rank; i < n; i += size) { f(Range<1>{(size_t)i}); }
+        }
+    }
+    // Combines one value a thread over the block, in a fixed tree: lanes by shuffles, then warps. All threads get the result.
+    template <class T, class Op> GPU T combine(T x, T neutral, Op op) const {
+        __shared__ T warps[32];
+        for (int o = 16; o > 0; o >>= 1) { x = op(x, __shfl_xor_sync(0xffffffffu, x, o)); }
+        __syncthreads();  // the array may still be read from the last call
+        if ((rank & 31) == 0) { warps[rank >> 5] = x; }
+        __syncthreads();
+        x = (rank & 31) < (size >> 5) ? warps[rank & 31] : neutral;
+        for (int o = 16; o > 0; o >>= 1) { x = op(x, __shfl_xor_sync(0xffffffffu, x, o)); }
+        return x;
+    }
+    struct Add { GPU float operator()(float a, float b) const { return a + b; } };
+    struct Max { template <class T> GPU T operator()(T a, T b) const { return a > b ? a : b; } };
+
+    template <int N> static GPU float sum_of(Vec<N> a) {
+        float s = a.v[0];
+        UNROLL
+        for (int k = 1; k < N; k++) { s += a.v[k]; }
+        return s;
+    }
+    template <int N> static GPU int32_t ordered_max(Vec<N> a) {
+        int32_t top = INT32_MIN;
+        UNROLL
+        for (int k = 0; k < N; k++) { top = max_of(top, ordered_bits((int32_t)float_to_bits(a.v[k]))); }
+        return top;
+    }
+    template <class F> GPU float sum(int n, F f) const {
+        float s = 0.0f;
+        each(n, [&](auto c) { s += sum_of(f(c)); });
+        return combine(s, 0.0f, Add{});
+    }
+    template <class F> GPU VecPair<1> sum_pair(int n, F f) const {
+        float a = 0.0f, b = 0.0f;
+        each(n, [&](auto c) { auto p = f(c); a += sum_of(p.a); b += sum_of(p.b); });
+        a = combine(a, 0.0f, Add{});
+        b = combine(b, 0.0f, Add{});
+        return VecPair<1>{{{a}}, {{b}}};
+    }
+    template <class F> GPU uint32_t amax(int n, F f) const {
+        uint32_t top = 0;
+        each(n, [&](auto c) { top = max_of(top, magnitude_bits(f(c))); });
+        return combine(top, 0u, Max{});
+    }
+    template <class F> GPU float max(int n, F f) const {
+        int32_t top = INT32_MIN;
+        each(n, [&](auto c) { top = max_of(top, ordered_max(f(c))); });
+        return bits_to_float((uint32_t)ordered_bits(combine(top, (int32_t)INT32_MIN, Max{})));
+    }
+    template <class F> GPU uint32_t columns(float* out, int r0, int r1, int n, F f) const {
+        uint32_t top = 0;
+        each(n, [&](auto c) {
+            auto total = f(r0, c);
+            top = max_of(top, magnitude_bits(total));
+            for (int r = r0 + 1; r < r1; r++) {
+                auto v = f(r, c);
+                top = max_of(top, magnitude_bits(v));
+                total = total + v;
+            }
+            store(out, c, total);
+        });
+        return combine(top, 0u, Max{});
+    }
+    template <class F> GPU void columns_pair(float* out_a, float* out_b, int r0, int r1, int n, F f) const {
+        each(n, [&](auto c) {
+            auto total = f(r0, c);
+            for (int r = r0 + 1; r < r1; r++) {
+                auto v = f(r, c);
+                total.a = total.a + v.a;
+                total.b = total.b + v.b;
+            }
+            store(out_a, c, total.a);
+            store(out_b, c, total.b);
+        });
+    }
+};
+
+template <class Op> __global__ void __launch_bounds__(TEAM_THREADS) rows_kernel(Op op) {
+    op(GpuTeam{(int)threadIdx.x, (int)blockDim.x, true}, (int)blockIdx.x);
+}
+#endif
+
+// ---- launch ----
+
+#ifdef USE_CUDA
+template <class... P, class... A>
+static inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream, A... args) {
+    if (shared > 48 * 1024) { CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared)); }
+    kernel<<<grid, block, shared, stream>>>(args...);
+    CUDA_CHECK(cudaGetLastError());
+}
+#endif
+
+// op(team, row) for rows 0 … rows-1; the rows must not depend on each other
+template <class Op> static inline void run_rows(Op op, int rows, Stream stream) {
+    if (rows <= 0) { return; }
+#ifdef USE_CUDA
+    launch(rows_kernel<Op>, dim3((unsigned)rows), dim3(TEAM_THREADS), 0, stream, op);
+#else
+    (void)stream;
+    if (rows == 1) { op(CpuTeam{}, 0); return; }
+#pragma omp parallel for schedule(static)
+    for (int r = 0; r < rows; r++) { op(CpuTeam{}, r); }
+#endif
+}

@@ -1,0 +1,169 @@
+// float8.cuh: the number formats, their rounding, and tensor scales. The same bits on every device.
+//
+//   format  layout (sign.exponent.mantissa)   max     min normal  min subnormal  beyond max
+//   E4M3    1.4.3, bias 7, no inf, NaN 0x7f   448     2^-6        2^-9           saturates, inf too
+//   E5M2    1.5.2, bias 15, IEEE-like         57344   2^-14       2^-16          saturates, inf too
+//   FP16    1.5.10, bias 15, IEEE             65504   2^-14       2^-24          saturates, inf too
+//   BF16    1.8.7, bias 127, IEEE             3.4e38  2^-126      2^-133         to inf: it is the working format of activations, where an
+//                                                                                inf must stay visible to the check for non-finite steps
+//
+// All four are encoded by one function. The float's 24-bit significand m is shifted right until its last kept bit is worth one unit of the target
+// at that exponent (further below the normal range: that is all that subnormals are), rounded there, and added to the exponent field: a carry out
+// of the significand then lands in the exponent by itself. Rounding is to nearest even, or stochastic with 32 given random bits. There are no
+// branches, so the loops over a row vectorise; shifts by a variable count are one instruction on AVX2, AVX-512 and GPUs.
+//
+// A tensor is stored as q = cast(x * scale) with scale a power of two, so multiplying and dividing by it is exact: scale = 2^floor(log2(fp_max/amax)
+// - margin). It is computed from the exponent and significand bits of amax, not by logf, whose last bit differs between libraries.
+#pragma once
+#include "common.h"
+
+enum DType { FP32, BF16, FP16, E4M3, E5M2, DTYPE_COUNT };
+
+static const char* const dtype_names[DTYPE_COUNT] = {"fp32", "bf16", "fp16", "e4m3", "e5m2"};
+
+DEVICE int dtype_bytes(DType t) { return t == FP32 ? 4 : t == BF16 || t == FP16 ? 2 : 1; }
+DEVICE bool is_fp8(DType t) { return t == E4M3 || t == E5M2; }
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+struct e4m3 { uint8_t bits; };
+struct e5m2 { uint8_t bits; };
+
+template <class T> struct DTypeOf;
+template <> struct DTypeOf<float> { static constexpr DType value = FP32; };
+template <> struct DTypeOf<bf16> { static constexpr DType value = BF16; };
+template <> struct DTypeOf<fp16> { static constexpr DType value = FP16; };
+template <> struct DTypeOf<e4m3> { static constexpr DType value = E4M3; };
+template <> struct DTypeOf<e5m2> { static constexpr DType value = E5M2; };
+
+DEVICE float bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+DEVICE uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+
+// 2^e for e in [-126, 127]
+DEVICE float exp2_int(int e) { return bits_to_float((uint32_t)(e + 127) << 23); }
+
+// ---- encode and decode ----
+
+// The layout of a format: MAN mantissa bits, exponent bias, the largest finite code, the code of NaN.
+template <int MAN_, int BIAS_, uint32_t MAX_, uint32_t NAN_> struct Layout {
+    static constexpr int MAN = MAN_, BIAS = BIAS_;
+    static constexpr uint32_t MAX = MAX_, NOT_A_NUMBER = NAN_;
+};
+typedef Layout<3, 7, 0x7e, 0x7f> LayoutE4M3;
+typedef Layout<2, 15, 0x7b, 0x7f> LayoutE5M2;
+typedef Layout<10, 15, 0x7bff, 0x7fff> LayoutFP16;
+
+enum Rounding { NEAREST, STOCHASTIC };
+
+// The code of |x| given as bits, without the sign. `random`: 32 random bits, read by STOCHASTIC only.
+template <class L, Rounding R> DEVICE uint32_t encode_magnitude(uint32_t u, uint32_t random) {
+    const int lowest = 127 - L::BIAS + 1;               // float exponent field of the smallest normal
+    int exponent = (int)(u >> 23);
+    uint32_t m = (u & 0x7fffffu) | 0x800000u;           // a subnormal float is far below every target's range: its false leading bit does no harm
+    int below = lowest - exponent;
+    below = below < 0 ? 0 : below;
+    int kept = exponent < lowest ? lowest : exponent;   // the exponent whose unit we round to
+    int shift = 23 - L::MAN + below;
+    uint32_t q;
+    if (R == NEAREST) {
+        shift = shift > 25 ? 25 : shift;                // 2^24 > m: at 25 everything rounds to 0
+        q = (m + (1u << (shift - 1)) - 1u + ((m >> shift) & 1u)) >> shift;
+    } else {
+        int far = shift - 31;                           // P(up) = m / 2^shift; below 2^-31 of a unit the tail is cut off
+        far = far < 0 ? 0 : far > 31 ? 31 : far;
+        m >>= far;
+        shift = shift > 31 ? 31 : shift;
+        q = (m + (random >> (32 - shift))) >> shift;
+    }
+    uint32_t code = q + ((uint32_t)(kept - lowest) << L::MAN);
+    code = code > L::MAX ? L::MAX : code;
+    return u > 0x7f800000u ? L::NOT_A_NUMBER : code;
+}
+
+template <class L, Rounding R, int SIGN> DEVICE uint32_t encode(float x, uint32_t random) {
+    uint32_t bits = float_to_bits(x), u = bits & 0x7fffffffu;
+    uint32_t sign = u > 0x7f800000u ? 0u : (bits >> 31) << SIGN;  // NaN has one code, as the hardware's conversion gives it
+    return sign | encode_magnitude<L, R>(u, random);
+}
+
+template <Rounding R> DEVICE uint16_t encode_bf16(float x, uint32_t random) {
+    uint32_t u = float_to_bits(x);
+    uint32_t add = R == NEAREST ? 0x7fffu + ((u >> 16) & 1u) : (random >> 16);
+    uint32_t special = (u & 0x7f800000u) == 0x7f800000u;  // inf stays inf under stochastic rounding too; NaN must not round into inf
+    uint32_t rounded = (special ? u : u + add) >> 16;
+    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : rounded);
+}
+
+// x to the nearest value of the format, ties to even
+DEVICE void from_float(float& d, float x) { d = x; }
+DEVICE void from_float(bf16& d, float x) { d.bits = encode_bf16<NEAREST>(x, 0); }
+DEVICE void from_float(fp16& d, float x) { d.bits = (uint16_t)encode<LayoutFP16, NEAREST, 15>(x, 0); }
+DEVICE void from_float(e4m3& d, float x) { d.bits = (uint8_t)encode<LayoutE4M3, NEAREST, 7>(x, 0); }
+DEVICE void from_float(e5m2& d, float x) { d.bits = (uint8_t)encode<LayoutE5M2, NEAREST, 7>(x, 0); }
+
+// x to one of its two neighbours, the nearer the likelier: the expected value is x (within range). `random`: 32 random bits.
+DEVICE void from_float_stochastic(float& d, float x, uint32_t) { d = x; }
+DEVICE void from_float_stochastic(bf16& d, float x, uint32_t random) { d.bits = encode_bf16<STOCHASTIC>(x, random); }
+DEVICE void from_float_stochastic(fp16& d, float x, uint32_t random) { d.bits = (uint16_t)encode<LayoutFP16, STOCHASTIC, 15>(x, random); }
+DEVICE void from_float_stochastic(e4m3& d, float x, uint32_t random) { d.bits = (uint8_t)encode<LayoutE4M3, STOCHASTIC, 7>(x, random); }
+DEVICE void from_float_stochastic(e5m2& d, float x, uint32_t random) { d.bits = (uint8_t)encode<LayoutE5M2, STOCHASTIC, 7>(x, random); }
+
+// `special`: the lowest code whose exponent field means inf or NaN (E4M3: only the one NaN code)
+template <class L> DEVICE float decode(uint32_t code, uint32_t sign_bit, bool special) {
+    uint32_t e = code >> L::MAN, m = code & ((1u << L::MAN) - 1u);
+    uint32_t normal = ((e + 127u - L::BIAS) << 23) | (m << (23 - L::MAN));
+    uint32_t tiny = float_to_bits((float)(int)m * exp2_int(1 - L::BIAS - L::MAN));
+    uint32_t u = e == 0 ? tiny : normal;
+    u = special ? 0x7f800000u | (m << (23 - L::MAN)) : u;
+    return bits_to_float(u | (sign_bit << 31));
+}
+
+DEVICE float to_float(float x) { return x; }
+DEVICE float to_float(bf16 x) { return bits_to_float((uint32_t)x.bits << 16); }
+DEVICE float to_float(fp16 x) { return decode<LayoutFP16>(x.bits & 0x7fffu, (uint32_t)x.bits >> 15, (x.bits & 0x7c00u) == 0x7c00u); }
+DEVICE float to_float(e4m3 x) { return decode<LayoutE4M3>(x.bits & 0x7fu, (uint32_t)x.bits >> 7, (x.bits & 0x7fu) == 0x7fu); }
+DEVICE float to_float(e5m2 x) { return decode<LayoutE5M2>(x.bits & 0x7fu, (uint32_t)x.bits >> 7, (x.bits & 0x7cu) == 0x7cu); }
+
+// x as the 16-bit (or 32-bit) source of every quantisation: what a tensor of type T would hold
+template <class T> DEVICE float round_to(float x) { T t; from_float(t, x); return to_float(t); }
+
+// ---- scales ----
+
+DEVICE float largest_of(DType t) { return t == E4M3 ? 448.0f : t == E5M2 ? 57344.0f : t == FP16 ? 65504.0f : 3.4028235e38f; }
+
+// The quantising scale 2^floor(log2(largest/amax) - margin), clamped to 2^±126. amax 0, inf and NaN say nothing of the range: the old scale stays.
+DEVICE float scale_from_amax(float amax, float largest, int margin, float old_scale) {
+    uint32_t a = float_to_bits(amax) & 0x7fffffffu, f = float_to_bits(largest);
+    int e = (int)(f >> 23) - (int)(a >> 23) - ((a & 0x7fffffu) > (f & 0x7fffffu) ? 1 : 0) - margin;
+    e = e > 126 ? 126 : e < -126 ? -126 : e;
+    return a == 0 || a >= 0x7f800000u ? old_scale : exp2_int(e);
+}
+
+// ---- random bits for stochastic rounding ----
+
+// The generator is a function of a key and a position, so neither the thread count nor the layout over ranks changes what an element draws.
+struct RandomKey { uint32_t a, b; };
+
+static inline uint64_t mix64(uint64_t z) {  // splitmix64's finaliser
+    z += 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+
+static inline RandomKey random_key(uint64_t seed, uint64_t step, uint64_t tensor) {
+    uint64_t z = mix64(mix64(mix64(seed) ^ step) ^ tensor);
+    RandomKey key = {(uint32_t)z, (uint32_t)(z >> 32)};
+    return key;
+}
+
+DEVICE uint32_t mix32(uint32_t x) {
+    x ^= x >> 16; x *= 0x7feb352du;
+    x ^= x >> 15; x *= 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+// 32 random bits for one element of the unsharded tensor
+DEVICE uint32_t random_bits(RandomKey key, uint64_t element) {
+    return mix32(mix32((uint32_t)element ^ key.a) + (mix32((uint32_t)(element >> 32) ^ key.b) ^ key.b));
+}

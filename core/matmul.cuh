@@ -1,0 +1,511 @@
+// matmul.cuh: the matrix product, on whichever device the build is for.
+//
+//     D (m, n) = A (m, k) · B (k, n) [+ bias (n)] [+ D]        for each matrix of a batch, FP32 accumulation
+//
+// All matrices are row-major; either operand may be stored transposed, so the three products of a linear layer need no copies:
+//     Y  (tokens, out) = X (tokens, in)      · Wᵀ: B is W (out, in), transposed
+//     dX (tokens, in)  = dY (tokens, out)    · W
+//     dW (out, in)    += dYᵀ                 · X:  A is dY (tokens, out), transposed
+//
+// A call is described by a MatmulCall. The description without its pointers is a shape, and what a shape needs (library descriptors, compiled
+// kernels, the division of the workspace) is worked out once and kept. `matmul_plan` does just that and returns the bytes of workspace, so that a dry
+// run over all calls of a training step sizes the workspace; `matmul` refuses a call that needs more than it was given.
+//
+// The backends: matmul_onednn.h (CPU) and matmul_cublaslt.cuh (CUDA). FP8 operands are exact on both: the GPU's FP8 units multiply them as they are;
+// where there are none, and on CPUs, they are decoded to BF16 (or FP32) in the workspace, descale included, which loses nothing as descale is a power
+// of two. What the GPU backend does with a shape, copies included, is decided by `matmul_gpu_plan` below, a pure function that both builds compile:
+// the planner asks it about GPUs that are not there.
+//
+// Numbers: |err| <= 16·2⁻²⁴·Σ|ab| for FP32 D, and half a unit of BF16 more for BF16 D; sums that are exactly representable are exact. NaN and inf
+// propagate; BF16 subnormals may be flushed. The same call on the same device with the same thread count gives the same bits.
+#pragma once
+#include <string>
+#include <time.h>
+#include <unordered_map>
+#include <vector>
+#include "device.cuh"
+
+// ---- the interface ----
+
+// A matrix operand, row-major. Real value = element × *descale.
+struct Operand {
+    const void* data;
+    DType dtype;            // FP32, BF16, E4M3, E5M2
+    const float* descale;   // on the device, 16-byte aligned, a power of two, for FP8 only; NULL = 1
+    int64_t ld;             // elements between rows as stored
+    int64_t batch_stride;   // elements between matrices of a batch, 0 when batch == 1
+    bool transposed;        // stored (k, m) for A, (n, k) for B, instead of (m, k) and (k, n)
+};
+
+struct MatmulCall {
+    void* d;                // (m, n)
+    DType d_dtype;          // FP32 or BF16
+    int64_t d_ld, d_batch_stride;
+    Operand a, b;
+    const void* bias;       // (n), the same for every row and batch; NULL = none
+    DType bias_dtype;       // FP32 or BF16
+    int m, n, k, batch;
+    bool accumulate;        // D += …; FP32 D only
+    bool fast_accumulate;   // Hopper's fast FP8 accumulation, for forward only; CPUs and other formats ignore it
+};
+
+// Everything of a call that is not a pointer. Compared as bytes: always cleared before it is filled.
+struct MatmulShape {
+    int64_t a_ld, b_ld, d_ld, a_stride, b_stride, d_stride;
+    int m, n, k, batch;
+    int threads;            // CPU: the compiled kernel depends on it
+    uint8_t a_dtype, b_dtype, d_dtype, bias_dtype;
+    bool a_transposed, b_transposed, bias, accumulate, fast_accumulate;
+    bool unaligned;         // GPU: a pointer or leading dimension is no multiple of 16 bytes
+};
+
+struct MatmulStatistics {
+    int64_t calls;
+    double seconds;         // inside the library and our copies; counted only while Matmul.timing is on
+    double flops;           // 2·m·n·k·batch a call
+    int64_t timed_calls;
+};
+
+struct MatmulBackend;       // the library's handles
+struct MatmulKernel;        // what a backend keeps for a shape
+
+struct MatmulEntry {
+    MatmulShape shape;
+    MatmulKernel* kernel;
+    size_t workspace;       // bytes
+    MatmulStatistics statistics;
+};
+
+struct MatmulShapeHash {
+    size_t operator()(const MatmulShape& s) const {
+        const unsigned char* p = (const unsigned char*)&s;
+        uint64_t h = 0xcbf29ce484222325ull;  // FNV-1a
+        for (size_t i = 0; i < sizeof(s); i++) { h = (h ^ p[i]) * 0x100000001b3ull; }
+        return (size_t)h;
+    }
+};
+struct MatmulShapeEqual {
+    bool operator()(const MatmulShape& a, const MatmulShape& b) const { return memcmp(&a, &b, sizeof(a)) == 0; }
+};
+
+struct Matmul {
+    bool timing;            // measure each call (on a GPU that waits for it): for the bench
+    int capability;         // of the GPU, e.g. 90; 0 on a CPU
+    void* workspace;
+    size_t workspace_bytes;
+    size_t planned;         // the most bytes that any planned shape needs
+    MatmulBackend* backend;
+    std::unordered_map<MatmulShape, MatmulEntry*, MatmulShapeHash, MatmulShapeEqual>* shapes;
+    std::vector<MatmulEntry*>* order;  // the same entries, in the order of their first use
+};
+
+constexpr size_t MATMUL_ALIGNMENT = 256;  // bytes; of the workspace and of its parts
+
+// ---- words for a call ----
+
+static inline void matmul_describe(char* text, size_t size, const MatmulCall* c) {
+    char ld[160] = "", batch[96] = "";
+    snprintf(ld, sizeof(ld), "ld %" PRId64 ", %" PRId64 ", %" PRId64, c->d_ld, c->a.ld, c->b.ld);
+    if (c->batch != 1) {
+        snprintf(batch, sizeof(batch), ", batch %d with strides %" PRId64 ", %" PRId64 ", %" PRId64, c->batch, c->d_batch_stride, c->a.batch_stride,
+                 c->b.batch_stride);
+    }
+    const char* d = c->d_dtype < DTYPE_COUNT ? dtype_names[c->d_dtype] : "?";
+    const char* a = c->a.dtype < DTYPE_COUNT ? dtype_names[c->a.dtype] : "?";
+    const char* b = c->b.dtype < DTYPE_COUNT ? dtype_names[c->b.dtype] : "?";
+    snprintf(text, size, "D (%d, %d) %s %s A%s (%d, %d) %s x B%s (%d, %d) %s%s [%s%s]", c->m, c->n, d, c->accumulate ? "+=" : "=",
+             c->a.transposed ? "^T" : "", c->a.transposed ? c->k : c->m, c->a.transposed ? c->m : c->k, a, c->b.transposed ? "^T" : "",
+             c->b.transposed ? c->n : c->k, c->b.transposed ? c->k : c->n, b, c->bias != NULL ? " + bias" : "", ld, batch);
+}
+
+// Ends the run; the message names the call.
+[[noreturn]] static inline void matmul_refuse(const MatmulCall* c, const char* why) {
+    char text[512];
+    matmul_describe(text, sizeof(text), c);
+    die("matmul: %s: %s", why, text);
+}
+
+// NULL, or why no backend takes the call.
+static inline const char* matmul_objection(const MatmulCall* c) {
+    DType a = c->a.dtype, b = c->b.dtype;
+    int a_cols = c->a.transposed ? c->m : c->k, b_cols = c->b.transposed ? c->k : c->n;
+    if ((a != FP32 && a != BF16 && !is_fp8(a)) || (b != FP32 && b != BF16 && !is_fp8(b))) { return "operands are fp32, bf16, e4m3 or e5m2"; }
+    if ((a == FP32) != (b == FP32)) { return "an fp32 operand needs the other to be fp32"; }
+    if (a == E5M2 && b == E5M2) { return "e5m2 x e5m2 is no hardware's product: one operand must be e4m3"; }
+    if (c->d_dtype != FP32 && c->d_dtype != BF16) { return "the result is fp32 or bf16"; }
+    if (c->bias != NULL && c->bias_dtype != FP32 && c->bias_dtype != BF16) { return "a bias is fp32 or bf16"; }
+    if (c->accumulate && c->d_dtype != FP32) { return "only fp32 results accumulate: bf16 would round each time"; }
+    if (c->m < 0 || c->n < 0 || c->k < 0) { return "negative size"; }
+    if (c->batch < 1) { return "a batch is 1 or more"; }
+    if (c->a.ld < max_of(a_cols, 1) || c->b.ld < max_of(b_cols, 1) || c->d_ld < max_of(c->n, 1)) {
+        return "a leading dimension is shorter than its matrix's row";
+    }
+    if (c->batch == 1 && (c->a.batch_stride != 0 || c->b.batch_stride != 0 || c->d_batch_stride != 0)) { return "a single matrix has no batch stride"; }
+    if (c->batch > 1 && (c->a.batch_stride <= 0 || c->b.batch_stride <= 0 || c->d_batch_stride <= 0)) { return "a batch needs positive strides"; }
+    if ((int64_t)c->batch * max_of(max_of(c->m, c->n), c->k) > INT32_MAX) { return "more rows than an int counts"; }
+    return NULL;
+}
+
+// ---- what a GPU does with a shape: pure functions, compiled in both builds ----
+
+// How an operand reaches the library: as it is, or copied into the workspace first.
+enum GpuCopy { GPU_AS_IS, GPU_DECODE, GPU_TRANSPOSE };
+
+struct GpuOperand {
+    GpuCopy copy;
+    DType dtype;            // as the library sees it
+    int64_t ld, batch_stride;
+    bool transposed;        // as the library sees it
+    size_t offset, bytes;   // of the copy in the workspace
+};
+
+struct GpuPlan {
+    GpuOperand a, b;
+    bool fp8;               // the library multiplies FP8
+    bool d_copy;            // the library writes FP32 into the workspace; our kernel adds the bias and rounds
+    bool bias_in_library;
+    size_t d_offset, library_offset, library_bytes;
+    size_t bytes;           // of workspace, all together
+};
+
+// Bytes that cuBLASLt is given: what NVIDIA recommends. 9.0 and later: 32 MiB + 1 KiB.
+static inline size_t matmul_gpu_library_bytes(int capability) { return capability >= 90 ? ((size_t)32 << 20) + 1024 : (size_t)8 << 20; }
+static inline bool gpu_has_fp8(int capability) { return capability >= 89; }
+// The FP8 units of 8.9, 9.0 and 12.x take only K-contiguous operands; those of 10.x and 11.x take all layouts.
+static inline bool gpu_fp8_needs_k_contiguous(int capability) { return !(capability >= 100 && capability < 120); }
+
+static inline GpuOperand gpu_operand(const Operand* x, int rows, int cols, int batch, bool decode, bool transpose) {
+    GpuOperand o = {GPU_AS_IS, x->dtype, x->ld, x->batch_stride, x->transposed, 0, 0};
+    if (decode) {          // (rows, cols) as stored, rows padded to 16 bytes
+        o.copy = GPU_DECODE;
+        o.dtype = BF16;
+        o.ld = round_up((int64_t)cols, (int64_t)8);
+        o.batch_stride = batch > 1 ? o.ld * rows : 0;
+        o.bytes = (size_t)o.ld * rows * batch * 2;
+    } else if (transpose) { // (cols, rows), rows padded to 16 bytes
+        o.copy = GPU_TRANSPOSE;
+        o.ld = round_up((int64_t)rows, (int64_t)16);
+        o.batch_stride = batch > 1 ? o.ld * cols : 0;
+        o.transposed = !x->transposed;
+        o.bytes = (size_t)o.ld * cols * batch;
+    }
+    return o;
+}
+
+static inline GpuPlan matmul_gpu_plan(const MatmulCall* c, int capability) {
+    GpuPlan p = {};
+    bool a8 = is_fp8(c->a.dtype), b8 = is_fp8(c->b.dtype);
+    p.fp8 = a8 && b8 && gpu_has_fp8(capability);
+    bool k_contiguous = p.fp8 && gpu_fp8_needs_k_contiguous(capability);
+    int a_rows = c->a.transposed ? c->k : c->m, a_cols = c->a.transposed ? c->m : c->k;
+    int b_rows = c->b.transposed ? c->n : c->k, b_cols = c->b.transposed ? c->k : c->n;
+    p.a = gpu_operand(&c->a, a_rows, a_cols, c->batch, a8 && !p.fp8, k_contiguous && c->a.transposed);
+    p.b = gpu_operand(&c->b, b_rows, b_cols, c->batch, b8 && !p.fp8, k_contiguous && !c->b.transposed);
+    // cuBLASLt's bias has D's type, but BF16 with FP8 operands. Where it has no such bias and D is FP32, ours is added afterwards in place; where D is
+    // BF16 that would round twice, so D is first written as FP32.
+    p.bias_in_library = c->bias != NULL && (p.fp8 ? c->bias_dtype == BF16 : c->bias_dtype == c->d_dtype);
+    p.d_copy = c->bias != NULL && !p.bias_in_library && c->d_dtype == BF16;
+    size_t at = 0;
+    p.a.offset = at;
+    at += round_up(p.a.bytes, MATMUL_ALIGNMENT);
+    p.b.offset = at;
+    at += round_up(p.b.bytes, MATMUL_ALIGNMENT);
+    p.d_offset = at;
+    at += p.d_copy ? round_up((size_t)c->batch * c->m * c->n * 4, MATMUL_ALIGNMENT) : 0;
+    p.library_offset = at;
+    p.library_bytes = matmul_gpu_library_bytes(capability);
+    p.bytes = round_up(at + p.library_bytes, MATMUL_ALIGNMENT);
+    return p;
+}
+
+// Bytes of workspace the CUDA build uses for this call on a GPU of this capability (90 is 9.0). No pointer is read but whether bias is NULL.
+static inline size_t matmul_gpu_workspace(const MatmulCall* c, int capability) {
+    return c->m == 0 || c->n == 0 || c->k == 0 ? 0 : matmul_gpu_plan(c, capability).bytes;
+}
+
+// Whether every row and matrix that the library touches starts at a multiple of 16 bytes, given that the operands' pointers do.
+static inline bool gpu_strides_aligned(const MatmulCall* c, const GpuPlan* p) {
+    int64_t a = p->a.ld | p->a.batch_stride, b = p->b.ld | p->b.batch_stride;
+    int64_t d = p->d_copy ? c->n * 4 : (c->d_ld | c->d_batch_stride) * dtype_bytes(c->d_dtype);
+    return a * dtype_bytes(p->a.dtype) % 16 == 0 && b * dtype_bytes(p->b.dtype) % 16 == 0 && d % 16 == 0;
+}
+
+// Whether the pointers that the library is given are multiples of 16 bytes; copies in the workspace are.
+static inline bool gpu_pointers_aligned(const MatmulCall* c, const GpuPlan* p) {
+    size_t a = p->a.copy == GPU_AS_IS ? (size_t)c->a.data : 0, b = p->b.copy == GPU_AS_IS ? (size_t)c->b.data : 0;
+    size_t d = p->d_copy ? 0 : (size_t)c->d, bias = p->bias_in_library ? (size_t)c->bias : 0;
+    return (a | b | d | bias) % 16 == 0;
+}
+
+// NULL, or why a GPU of this capability does not take the call although a CPU would.
+static inline const char* matmul_gpu_objection(const MatmulCall* c, int capability) {
+    if (capability < 80) { return "the GPU's capability is below 8.0: it has no bf16 units"; }
+    if (c->batch > 65535) { return "a GPU takes batches of at most 65535 matrices"; }
+    int64_t longest = max_of(max_of(c->a.ld * dtype_bytes(c->a.dtype), c->b.ld * dtype_bytes(c->b.dtype)), c->d_ld * dtype_bytes(c->d_dtype));
+    if (longest > INT32_MAX) { return "cuBLASLt takes rows of at most 2 GiB"; }
+    GpuPlan p = matmul_gpu_plan(c, capability);
+    if (!p.fp8) { return NULL; }
+    if (c->k % 16 != 0 || c->n % 16 != 0) { return "FP8 units take k and n that are multiples of 16: pad with zeros"; }
+    if (p.a.transposed && c->m % 16 != 0) { return "FP8 units take a transposed A whose m is a multiple of 16: pad with zeros"; }
+    if (!gpu_strides_aligned(c, &p)) { return "FP8 units take leading dimensions and batch strides that are multiples of 16 bytes"; }
+    return NULL;
+}
+
+// ---- kernels of our own ----
+
+// y (batch, rows, cols) with rows y_ld apart = x × *descale, exact if the product fits To
+template <class To, class From> struct ConvertRows {
+    To* y;
+    const From* x;
+    const float* descale;
+    int64_t y_ld, x_ld, x_batch_stride;
+    int rows, cols;
+    template <class Team> DEVICE void operator()(Team team, int row) const {
+        To* yr = y + (size_t)row * (size_t)y_ld;
+        const From* xr = x + (int64_t)(row / rows) * x_batch_stride + (int64_t)(row % rows) * x_ld;
+        float s = descale != NULL ? *descale : 1.0f;
+        bool packs = (size_t)xr % (8 * sizeof(From) < 16 ? 8 * sizeof(From) : 16) == 0 && (size_t)yr % 16 == 0;
+        (packs ? team : team.unaligned()).each(cols, [=](auto c) { store(yr, c, load(xr, c) * s); });
+    }
+};
+
+// d (batch, m, n) = [x (batch, m, n), packed] [+ bias] [+ d], summed in FP32, rounded once
+template <class D, class Bias> struct FinishRows {
+    D* d;
+    const float* x;
+    const Bias* bias;
+    int64_t d_ld, d_batch_stride;
+    int m, n;
+    bool accumulate;
+    template <class Team> DEVICE void operator()(Team team, int row) const {
+        D* dr = d + (int64_t)(row / m) * d_batch_stride + (int64_t)(row % m) * d_ld;
+        const float* xr = x == NULL ? NULL : x + (size_t)row * (size_t)n;
+        const Bias* b = bias;
+        bool sum = accumulate;
+        bool packs = ((size_t)dr | (size_t)xr | (size_t)b) % 16 == 0;
+        (packs ? team : team.unaligned()).each(n, [=](auto c) {
+            auto y = decltype(load(dr, c))::map([](int) { return 0.0f; });
+            if (xr != NULL) { y = load(xr, c); }
+            if (b != NULL) { y = y + load(b, c); }
+            if (sum) { y = y + load(dr, c); }
+            store(dr, c, y);
+        });
+    }
+};
+
+template <class D> static inline void finish_rows(D* d, const float* x, const MatmulCall* c, Stream stream) {
+    int rows = c->batch * c->m;
+    if (c->bias_dtype == FP32) {
+        run_rows(FinishRows<D, float>{d, x, (const float*)c->bias, c->d_ld, c->d_batch_stride, c->m, c->n, c->accumulate}, rows, stream);
+    } else {
+        run_rows(FinishRows<D, bf16>{d, x, (const bf16*)c->bias, c->d_ld, c->d_batch_stride, c->m, c->n, c->accumulate}, rows, stream);
+    }
+}
+
+// D = [x] [+ bias] [+ D] for the call's D
+static inline void finish_matmul(const MatmulCall* c, const float* x, Stream stream) {
+    if (c->d_dtype == FP32) { finish_rows((float*)c->d, x, c, stream); }
+    else { finish_rows((bf16*)c->d, x, c, stream); }
+}
+
+template <class To> static inline void convert_operand(To* y, int64_t y_ld, const Operand* x, int rows, int cols, int batch, Stream stream) {
+    int all = rows * batch;
+    int64_t stride = x->batch_stride;
+    switch (x->dtype) {
+        case E4M3: run_rows(ConvertRows<To, e4m3>{y, (const e4m3*)x->data, x->descale, y_ld, x->ld, stride, rows, cols}, all, stream); break;
+        case E5M2: run_rows(ConvertRows<To, e5m2>{y, (const e5m2*)x->data, x->descale, y_ld, x->ld, stride, rows, cols}, all, stream); break;
+        case BF16: run_rows(ConvertRows<To, bf16>{y, (const bf16*)x->data, x->descale, y_ld, x->ld, stride, rows, cols}, all, stream); break;
+        default: die("matmul: no conversion from %s", dtype_names[x->dtype]);
+    }
+}
+
+// y (batch, cols, rows) = xᵀ of x (batch, rows, cols), one byte an element, any size. A block of 256 threads takes a tile of 64 × 64 through shared
+// memory in two phases with a barrier between; each thread moves 16 bytes a phase, at once where the address allows.
+struct TransposeBytes {
+    static constexpr int TILE = 64, THREADS = 256;
+    static constexpr int PITCH = 17;  // words between the tile's rows: an odd number spreads a column over the banks
+    struct alignas(16) Chunk { uint32_t w[4]; };
+
+    uint8_t* y;
+    const uint8_t* x;
+    int64_t y_ld, x_ld, y_batch_stride, x_batch_stride;
+    int rows, cols;
+
+    DEVICE int tiles_down() const { return ceil_div(rows, TILE); }
+    DEVICE int tiles_across() const { return ceil_div(cols, TILE); }
+
+    DEVICE void load_tile(uint32_t* tile, int thread, int tile_row, int tile_col, int batch) const {
+        int r = thread / 4, c = thread % 4 * 16, row = tile_row * TILE + r, col = tile_col * TILE + c;
+        if (row >= rows || col >= cols) { return; }
+        const uint8_t* p = x + batch * x_batch_stride + row * x_ld + col;
+        Chunk v = {};
+        if (col + 16 <= cols && (size_t)p % 16 == 0) {
+            memcpy(&v, __builtin_assume_aligned(p, 16), 16);
+        } else {
+            UNROLL
+            for (int j = 0; j < 16; j++) { v.w[j / 4] |= col + j < cols ? (uint32_t)p[j] << (j % 4 * 8) : 0u; }
+        }
+        UNROLL
+        for (int j = 0; j < 4; j++) { tile[r * PITCH + c / 4 + j] = v.w[j]; }
+    }
+    DEVICE void store_tile(const uint32_t* tile, int thread, int tile_row, int tile_col, int batch) const {
+        int r = thread / 4, c = thread % 4 * 16, row = tile_col * TILE + r, col = tile_row * TILE + c;  // of y
+        if (row >= cols || col >= rows) { return; }
+        const uint8_t* bytes = (const uint8_t*)tile;
+        Chunk v = {};
+        UNROLL
+        for (int j = 0; j < 16; j++) { v.w[j / 4] |= (uint32_t)bytes[(c + j) * PITCH * 4 + r] << (j % 4 * 8); }
+        uint8_t* p = y + batch * y_batch_stride + row * y_ld + col;
+        if (col + 16 <= rows && (size_t)p % 16 == 0) {
+            memcpy(__builtin_assume_aligned(p, 16), &v, 16);
+        } else {
+            UNROLL
+            for (int j = 0; j < 16; j++) {
+                if (col + j < rows) { p[j] = (uint8_t)(v.w[j / 4] >> (j % 4 * 8)); }
+            }
+        }
+    }
+};
+
+#ifdef GPU_FORM
+// grid (tiles, 1, batch)
+__global__ void __launch_bounds__(TransposeBytes::THREADS) transpose_bytes_kernel(TransposeBytes t) {
+    __shared__ uint32_t tile[TransposeBytes::TILE * TransposeBytes::PITCH];
+    int tile_row = (int)blockIdx.x / t.tiles_across(), tile_col = (int)blockIdx.x % t.tiles_across();
+    t.load_tile(tile, (int)threadIdx.x, tile_row, tile_col, (int)blockIdx.z);
+    __syncthreads();
+    t.store_tile(tile, (int)threadIdx.x, tile_row, tile_col, (int)blockIdx.z);
+}
+#endif
+
+// ---- the backends: each defines MatmulBackend, MatmulKernel and the functions below ----
+
+static inline void backend_create(Matmul* mm);
+static inline void backend_destroy(Matmul* mm);
+static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCall* c);  // sets entry->kernel and entry->workspace
+static inline void kernel_destroy(MatmulKernel* kernel);
+static inline const char* kernel_name(const MatmulKernel* kernel);
+static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* c, Stream stream);
+static inline double backend_seconds(Matmul* mm, bool begin, Stream stream);  // called around kernel_run; the second call returns the time between
+
+#ifdef USE_CUDA
+#include "matmul_cublaslt.cuh"
+#else
+#include "matmul_onednn.h"
+#endif
+
+// ---- the public functions ----
+
+static inline void matmul_create(Matmul* mm) {
+    *mm = Matmul{};
+    mm->shapes = new std::unordered_map<MatmulShape, MatmulEntry*, MatmulShapeHash, MatmulShapeEqual>();
+    mm->order = new std::vector<MatmulEntry*>();
+    backend_create(mm);
+}
+
+static inline void matmul_destroy(Matmul* mm) {
+    for (MatmulEntry* entry : *mm->order) {
+        kernel_destroy(entry->kernel);
+        delete entry;
+    }
+    delete mm->order;
+    delete mm->shapes;
+    backend_destroy(mm);
+    *mm = Matmul{};
+}
+
+// `pointers`: they are set and count
+static inline MatmulEntry* matmul_entry(Matmul* mm, const MatmulCall* c, bool pointers) {
+    MatmulShape s;
+    memset(&s, 0, sizeof(s));
+    s.a_ld = c->a.ld; s.b_ld = c->b.ld; s.d_ld = c->d_ld;
+    s.a_stride = c->a.batch_stride; s.b_stride = c->b.batch_stride; s.d_stride = c->d_batch_stride;
+    s.m = c->m; s.n = c->n; s.k = c->k; s.batch = c->batch;
+    s.a_dtype = (uint8_t)c->a.dtype; s.b_dtype = (uint8_t)c->b.dtype; s.d_dtype = (uint8_t)c->d_dtype;
+    s.bias = c->bias != NULL;
+    s.bias_dtype = (uint8_t)(s.bias ? c->bias_dtype : FP32);
+    s.a_transposed = c->a.transposed; s.b_transposed = c->b.transposed;
+    s.accumulate = c->accumulate;
+    if (device_is_gpu) {
+        s.fast_accumulate = c->fast_accumulate;
+        GpuPlan plan = matmul_gpu_plan(c, mm->capability);
+        s.unaligned = !gpu_strides_aligned(c, &plan) || (pointers && !gpu_pointers_aligned(c, &plan));
+    } else {
+#ifdef _OPENMP
+        s.threads = omp_get_max_threads();
+#endif
+    }
+    auto found = mm->shapes->find(s);
+    if (found != mm->shapes->end()) { return found->second; }
+    const char* objection = matmul_objection(c);
+    if (objection == NULL && device_is_gpu) { objection = matmul_gpu_objection(c, mm->capability); }
+    if (objection != NULL) { matmul_refuse(c, objection); }
+    MatmulEntry* entry = new MatmulEntry();
+    entry->shape = s;
+    if (c->m > 0 && c->n > 0 && c->k > 0) { kernel_create(mm, entry, c); }
+    mm->shapes->emplace(s, entry);
+    mm->order->push_back(entry);
+    return entry;
+}
+
+// Bytes of workspace that this call needs on this build's device. No pointer is read but whether bias is NULL. Matmul keeps the maximum in `planned`.
+static inline size_t matmul_plan(Matmul* mm, const MatmulCall* c) {
+    MatmulEntry* entry = matmul_entry(mm, c, false);
+    mm->planned = max_of(mm->planned, entry->workspace);
+    return entry->workspace;
+}
+
+// 256-byte aligned; used by all calls, so all calls go to one stream (or to streams that wait for each other)
+static inline void matmul_set_workspace(Matmul* mm, void* p, size_t bytes) {
+    if ((size_t)p % MATMUL_ALIGNMENT != 0) { die("matmul: the workspace at %p is not aligned to %zu bytes", p, MATMUL_ALIGNMENT); }
+    mm->workspace = p;
+    mm->workspace_bytes = p != NULL ? bytes : 0;
+}
+
+static inline void matmul(Matmul* mm, const MatmulCall* c, Stream stream) {
+    MatmulEntry* entry = matmul_entry(mm, c, true);
+    if (c->m == 0 || c->n == 0) { return; }
+    if (c->d == NULL || (c->k > 0 && (c->a.data == NULL || c->b.data == NULL))) { matmul_refuse(c, "a matrix is NULL"); }
+    if (!is_fp8(c->a.dtype) && c->a.descale != NULL) { matmul_refuse(c, "only FP8 operands have a descale, A is not one"); }
+    if (!is_fp8(c->b.dtype) && c->b.descale != NULL) { matmul_refuse(c, "only FP8 operands have a descale, B is not one"); }
+    if (entry->workspace > mm->workspace_bytes) {
+        char why[128];
+        snprintf(why, sizeof(why), "needs %zu bytes of workspace and was planned %zu", entry->workspace, mm->workspace_bytes);
+        matmul_refuse(c, why);
+    }
+    if (mm->timing) { backend_seconds(mm, true, stream); }
+    if (c->k == 0) {
+        if (!c->accumulate || c->bias != NULL) { finish_matmul(c, NULL, stream); }
+    } else {
+        kernel_run(mm, entry, c, stream);
+    }
+    double flops = 2.0 * c->m * c->n * c->k * c->batch;
+    entry->statistics.calls++;
+    if (mm->timing) {
+        entry->statistics.seconds += backend_seconds(mm, false, stream);
+        entry->statistics.flops += flops;
+        entry->statistics.timed_calls++;
+    }
+}
+
+// One line a shape: what was multiplied, how often, and how fast (of the calls made while `timing` was on).
+static inline void matmul_report(const Matmul* mm, FILE* f) {
+    fprintf(f, "%-22s %6s %6s  %-3s  %-14s %-6s %8s %10s %9s  %s\n", "m, n, k", "batch", "bias", "A B", "A x B", "D", "calls", "ms", "GFLOP/s",
+            "kernel");
+    for (const MatmulEntry* e : *mm->order) {
+        const MatmulShape* s = &e->shape;
+        if (e->statistics.calls == 0) { continue; }
+        char size[64], types[32], d[16];
+        snprintf(size, sizeof(size), "%d, %d, %d", s->m, s->n, s->k);
+        snprintf(types, sizeof(types), "%s x %s", dtype_names[s->a_dtype], dtype_names[s->b_dtype]);
+        snprintf(d, sizeof(d), "%s%s", dtype_names[s->d_dtype], s->accumulate ? "+=" : "");
+        fprintf(f, "%-22s %6d %6s  %c %c  %-14s %-6s %8" PRId64, size, s->batch, s->bias ? dtype_names[s->bias_dtype] : "-",
+                s->a_transposed ? 'T' : 'N', s->b_transposed ? 'T' : 'N', types, d, e->statistics.calls);
+        if (e->statistics.timed_calls > 0) {
+            fprintf(f, " %10.3f %9.1f", 1e3 * e->statistics.seconds, 1e-9 * e->statistics.flops / max_of(e->statistics.seconds, 1e-12));
+        } else {
+            fprintf(f, " %10s %9s", "-", "-");
+        }
+        fprintf(f, "  %s\n", e->kernel != NULL ? kernel_name(e->kernel) : "none");
+    }
+}

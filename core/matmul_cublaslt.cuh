@@ -1,0 +1,212 @@
+// matmul_cublaslt.cuh: the GPU backend of matmul.cuh, on cuBLASLt.
+//
+// cuBLASLt is column-major, and a row-major matrix is its transpose stored column-major, so D = A·B is asked for as Dᵀ = Bᵀ·Aᵀ: our B is the library's
+// first operand, our A its second, and its op is T exactly where ours is not. A row-major (rows, cols) matrix is described as cols × rows with the same
+// leading dimension. In these terms a linear layer's forward product is the library's "TN", the only form in which Hopper multiplies FP8; the others
+// get a transposed copy in the workspace, as matmul_gpu_plan says.
+//
+// Descriptors and the choice of algorithm are made once a shape; a call sets the pointers within the descriptor and launches. Nothing waits for the
+// device. The choice is the library's first; it depends on library and device only, so results repeat.
+#pragma once
+#include <cublasLt.h>
+
+struct MatmulBackend {
+    cublasLtHandle_t handle;
+    cudaEvent_t begun, ended;   // for timing
+};
+
+struct MatmulKernel {
+    GpuPlan plan;
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, d;  // ours: the library's first operand is b
+    cublasLtMatmulAlgo_t algorithm;
+    char name[96];
+};
+
+static inline void cublaslt_check(cublasStatus_t status, const char* call, const char* file, int line) {
+    if (status == CUBLAS_STATUS_SUCCESS) { return; }
+    die("%s:%d: %s: %s", file, line, call, cublasLtGetStatusString(status));
+}
+#define CUBLASLT_CHECK(call) cublaslt_check((call), #call, __FILE__, __LINE__)
+
+static inline void backend_create(Matmul* mm) {
+    mm->capability = device_capability();
+    mm->backend = new MatmulBackend();
+    CUBLASLT_CHECK(cublasLtCreate(&mm->backend->handle));
+    CUDA_CHECK(cudaEventCreate(&mm->backend->begun));
+    CUDA_CHECK(cudaEventCreate(&mm->backend->ended));
+}
+
+static inline void backend_destroy(Matmul* mm) {
+    CUDA_CHECK(cudaEventDestroy(mm->backend->begun));
+    CUDA_CHECK(cudaEventDestroy(mm->backend->ended));
+    CUBLASLT_CHECK(cublasLtDestroy(mm->backend->handle));
+    delete mm->backend;
+}
+
+static inline void kernel_destroy(MatmulKernel* k) {
+    if (k == NULL) { return; }
+    CUBLASLT_CHECK(cublasLtMatrixLayoutDestroy(k->a));
+    CUBLASLT_CHECK(cublasLtMatrixLayoutDestroy(k->b));
+    CUBLASLT_CHECK(cublasLtMatrixLayoutDestroy(k->d));
+    CUBLASLT_CHECK(cublasLtMatmulDescDestroy(k->operation));
+    delete k;
+}
+
+static inline const char* kernel_name(const MatmulKernel* kernel) { return kernel->name; }
+
+static inline double backend_seconds(Matmul* mm, bool begin, Stream stream) {
+    if (begin) {
+        CUDA_CHECK(cudaEventRecord(mm->backend->begun, stream));
+        return 0.0;
+    }
+    float ms = 0.0f;
+    CUDA_CHECK(cudaEventRecord(mm->backend->ended, stream));
+    CUDA_CHECK(cudaEventSynchronize(mm->backend->ended));
+    CUDA_CHECK(cudaEventElapsedTime(&ms, mm->backend->begun, mm->backend->ended));
+    return 1e-3 * ms;
+}
+
+static inline cudaDataType_t cuda_dtype(DType t) {
+    switch (t) {
+        case FP32: return CUDA_R_32F;
+        case BF16: return CUDA_R_16BF;
+        case FP16: return CUDA_R_16F;
+        case E4M3: return CUDA_R_8F_E4M3;
+        default: return CUDA_R_8F_E5M2;
+    }
+}
+
+template <class T> static inline void set_operation(MatmulKernel* k, cublasLtMatmulDescAttributes_t attribute, T value) {
+    CUBLASLT_CHECK(cublasLtMatmulDescSetAttribute(k->operation, attribute, &value, sizeof(value)));
+}
+template <class T> static inline void set_preference(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t attribute, T value) {
+    CUBLASLT_CHECK(cublasLtMatmulPreferenceSetAttribute(p, attribute, &value, sizeof(value)));
+}
+
+// A row-major (rows, cols) matrix
+static inline cublasLtMatrixLayout_t cublaslt_matrix(DType t, int rows, int cols, int64_t ld, int batch, int64_t batch_stride) {
+    cublasLtMatrixLayout_t layout = NULL;
+    CUBLASLT_CHECK(cublasLtMatrixLayoutCreate(&layout, cuda_dtype(t), (uint64_t)cols, (uint64_t)rows, ld));
+    if (batch > 1) {
+        int32_t count = batch;
+        CUBLASLT_CHECK(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof(count)));
+        CUBLASLT_CHECK(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &batch_stride, sizeof(batch_stride)));
+    }
+    return layout;
+}
+
+static inline int algorithm_setting(const cublasLtMatmulAlgo_t* algorithm, cublasLtMatmulAlgoConfigAttributes_t attribute) {
+    int32_t value = 0;
+    size_t written = 0;
+    cublasStatus_t status = cublasLtMatmulAlgoConfigGetAttribute(algorithm, attribute, &value, sizeof(value), &written);
+    return status == CUBLAS_STATUS_SUCCESS ? value : -1;
+}
+
+static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCall* c) {
+    MatmulKernel* k = new MatmulKernel();
+    entry->kernel = k;
+    k->plan = matmul_gpu_plan(c, mm->capability);
+    entry->workspace = matmul_gpu_workspace(c, mm->capability);
+    const GpuPlan* p = &k->plan;
+    uint32_t alignment = entry->shape.unaligned ? (uint32_t)dtype_bytes(p->a.dtype) : 16u;
+    if (p->fp8 && entry->shape.unaligned) { matmul_refuse(c, "FP8 units take pointers that are multiples of 16 bytes"); }
+
+    CUBLASLT_CHECK(cublasLtMatmulDescCreate(&k->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));  // COMPUTE_32F: FP32 operands are not cut to TF32
+    set_operation(k, CUBLASLT_MATMUL_DESC_TRANSA, (int32_t)(p->b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
+    set_operation(k, CUBLASLT_MATMUL_DESC_TRANSB, (int32_t)(p->a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
+    const void* somewhere = (const void*)(size_t)256;  // the choice of algorithm looks at a pointer's alignment and whether it is there, no more
+    if (p->fp8) {
+        set_operation(k, CUBLASLT_MATMUL_DESC_FAST_ACCUM, (int8_t)(c->fast_accumulate ? 1 : 0));
+        set_operation(k, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, somewhere);
+        set_operation(k, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, somewhere);
+    }
+    if (p->bias_in_library) {
+        const void* bias = entry->shape.unaligned ? (const void*)(size_t)dtype_bytes(c->bias_dtype) : somewhere;
+        set_operation(k, CUBLASLT_MATMUL_DESC_EPILOGUE, (uint32_t)CUBLASLT_EPILOGUE_BIAS);
+        set_operation(k, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, (int32_t)cuda_dtype(c->bias_dtype));
+        set_operation(k, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+    }
+
+    int a_rows = p->a.transposed ? c->k : c->m, a_cols = p->a.transposed ? c->m : c->k;
+    int b_rows = p->b.transposed ? c->n : c->k, b_cols = p->b.transposed ? c->k : c->n;
+    k->a = cublaslt_matrix(p->a.dtype, a_rows, a_cols, p->a.ld, c->batch, p->a.batch_stride);
+    k->b = cublaslt_matrix(p->b.dtype, b_rows, b_cols, p->b.ld, c->batch, p->b.batch_stride);
+    k->d = p->d_copy ? cublaslt_matrix(FP32, c->m, c->n, c->n, c->batch, (int64_t)c->m * c->n)
+                     : cublaslt_matrix(c->d_dtype, c->m, c->n, c->d_ld, c->batch, c->d_batch_stride);
+
+    cublasLtMatmulPreference_t preference = NULL;
+    CUBLASLT_CHECK(cublasLtMatmulPreferenceCreate(&preference));
+    set_preference(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)p->library_bytes);
+    set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment);
+    set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment);
+    set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment);
+    set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment);
+    // A split sum may be kept in FP32 only: partial sums in a BF16 D would be rounded several times.
+    bool fp32 = c->d_dtype == FP32 || p->d_copy;
+    set_preference(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                   (uint32_t)(fp32 ? CUBLASLT_REDUCTION_SCHEME_MASK : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+    cublasLtMatmulHeuristicResult_t result = {};
+    int found = 0;
+    cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(mm->backend->handle, k->operation, k->b, k->a, k->d, k->d, preference, 1, &result, &found);
+    CUBLASLT_CHECK(cublasLtMatmulPreferenceDestroy(preference));
+    if (status != CUBLAS_STATUS_SUCCESS || found < 1 || result.state != CUBLAS_STATUS_SUCCESS) {
+        char why[160];
+        snprintf(why, sizeof(why), "cuBLASLt has no algorithm for this on a GPU of capability %d.%d (%s)", mm->capability / 10, mm->capability % 10,
+                 cublasLtGetStatusString(status != CUBLAS_STATUS_SUCCESS || found < 1 ? status : result.state));
+        matmul_refuse(c, why);
+    }
+    k->algorithm = result.algo;
+    snprintf(k->name, sizeof(k->name), "algorithm %d tile %d stages %d split %d%s%s%s%s", algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_ID),
+             algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID), algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_STAGES_ID),
+             algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM), p->a.copy == GPU_TRANSPOSE ? ", transposes A" : "",
+             p->b.copy == GPU_TRANSPOSE ? ", transposes B" : "", p->a.copy == GPU_DECODE ? ", decodes A" : "",
+             p->b.copy == GPU_DECODE ? ", decodes B" : "");
+}
+
+// The operand as the library wants it: where it lies, or copied into the workspace
+static inline const void* present_operand(const GpuOperand* o, const Operand* x, char* workspace, int rows, int cols, int batch, Stream stream) {
+    char* copy = workspace + o->offset;
+    if (o->copy == GPU_AS_IS) { return x->data; }
+    if (o->copy == GPU_DECODE) {
+        convert_operand((bf16*)copy, o->ld, x, rows, cols, batch, stream);
+    } else {
+        TransposeBytes t = {(uint8_t*)copy, (const uint8_t*)x->data, o->ld, x->ld, o->batch_stride, x->batch_stride, rows, cols};
+        launch(transpose_bytes_kernel, dim3((unsigned)(t.tiles_down() * t.tiles_across()), 1, (unsigned)batch), dim3(TransposeBytes::THREADS), 0, stream,
+               t);
+    }
+    return copy;
+}
+
+static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* c, Stream stream) {
+    MatmulKernel* k = entry->kernel;
+    const GpuPlan* p = &k->plan;
+    char* w = (char*)mm->workspace;
+    int a_rows = c->a.transposed ? c->k : c->m, a_cols = c->a.transposed ? c->m : c->k;
+    int b_rows = c->b.transposed ? c->n : c->k, b_cols = c->b.transposed ? c->k : c->n;
+    const void* a = present_operand(&p->a, &c->a, w, a_rows, a_cols, c->batch, stream);
+    const void* b = present_operand(&p->b, &c->b, w, b_rows, b_cols, c->batch, stream);
+    void* d = p->d_copy ? w + p->d_offset : (char*)c->d;
+    if (p->fp8) {
+        if (((size_t)c->a.descale | (size_t)c->b.descale) % 16 != 0) { matmul_refuse(c, "a descale pointer is not a multiple of 16 bytes"); }
+        set_operation(k, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, (const void*)c->b.descale);
+        set_operation(k, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, (const void*)c->a.descale);
+    }
+    if (p->bias_in_library) { set_operation(k, CUBLASLT_MATMUL_DESC_BIAS_POINTER, c->bias); }
+    float alpha = 1.0f, beta = c->accumulate ? 1.0f : 0.0f;  // read before the call returns
+    cublasStatus_t status = cublasLtMatmul(mm->backend->handle, k->operation, &alpha, b, k->b, a, k->a, &beta, d, k->d, d, k->d, &k->algorithm,
+                                           w + p->library_offset, p->library_bytes, stream);
+    if (status != CUBLAS_STATUS_SUCCESS) {
+        char why[160];
+        snprintf(why, sizeof(why), "cuBLASLt fails (%s)", cublasLtGetStatusString(status));
+        matmul_refuse(c, why);
+    }
+    if (p->d_copy) {
+        finish_matmul(c, (const float*)d, stream);
+    } else if (c->bias != NULL && !p->bias_in_library) {
+        MatmulCall add = *c;
+        add.accumulate = true;
+        finish_matmul(&add, NULL, stream);
+    }
+}

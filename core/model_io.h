@@ -1,0 +1,116 @@
+// model_io.h: weights from other programs' files.
+//
+// llm.c's model.bin, version 3 (FP32) and 5 (BF16), little-endian: 256 int32 of header ([0]=20240326, [1]=version, [2]=positions, [3]=vocabulary,
+// [4]=layers, [5]=heads, [6]=width, [7]=padded vocabulary), then 16 tensors, each with all its layers together, row-major (out, in). It is a GPT-2:
+// learned positions, tied head. Rows of wte beyond the vocabulary are padding and are not read.
+#pragma once
+#include "params.h"
+#include <fcntl.h>
+#include <sys/stat.h>
+
+constexpr int LLMC_HEADER = 256;  // int32
+constexpr int32_t LLMC_MAGIC = 20240326;
+
+struct LlmcModel {
+    const char* path;
+    int fd;
+    int element_bytes;  // 4: FP32, 2: BF16
+    int positions, vocab, layers, heads, width, padded_vocab;
+};
+
+// One of the 16 tensors in the order of the file; `per_layer` tensors are (layers, elements)
+struct LlmcTensor {
+    const char* name;
+    bool per_layer;
+    int64_t elements;
+};
+
+constexpr int LLMC_TENSORS = 16;
+
+static inline void llmc_tensors(LlmcTensor* out, const LlmcModel* m) {
+    int64_t C = m->width;
+    const LlmcTensor tensors[LLMC_TENSORS] = {
+        {"wte", false, m->padded_vocab * C}, {"wpe", false, m->positions * C}, {"ln1w", true, C}, {"ln1b", true, C},
+        {"qkvw", true, 3 * C * C}, {"qkvb", true, 3 * C}, {"attprojw", true, C * C}, {"attprojb", true, C}, {"ln2w", true, C}, {"ln2b", true, C},
+        {"fcw", true, 4 * C * C}, {"fcb", true, 4 * C}, {"fcprojw", true, 4 * C * C}, {"fcprojb", true, C}, {"lnfw", false, C}, {"lnfb", false, C}};
+    memcpy(out, tensors, sizeof(tensors));
+}
+
+// Opens and checks a model file: magic, version, shape, and that its size is that of the shape.
+static inline LlmcModel llmc_open(const char* flag, const char* path) {
+    LlmcModel m = {};
+    m.path = path;
+    m.fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (m.fd < 0) { bad_input("%s: cannot open '%s': %s", flag, path, strerror(errno)); }
+    struct stat status;
+    if (fstat(m.fd, &status) != 0) { bad_input("%s: cannot read '%s': %s", flag, path, strerror(errno)); }
+    if (!S_ISREG(status.st_mode)) { bad_input("%s: '%s' is not a file", flag, path); }
+    int32_t h[LLMC_HEADER];
+    ssize_t got = pread(m.fd, h, sizeof(h), 0);
+    if (got < 0) { bad_input("%s: cannot read '%s': %s", flag, path, strerror(errno)); }
+    if (got != (ssize_t)sizeof(h)) {
+        bad_input("%s: '%s' is no llm.c model: it has %zd bytes, and the header alone takes %zu", flag, path, got, sizeof(h));
+    }
+    if (h[0] != LLMC_MAGIC) { bad_input("%s: '%s' is no llm.c model: it starts with %d, not %d", flag, path, h[0], LLMC_MAGIC); }
+    if (h[1] != 3 && h[1] != 5) { bad_input("%s: '%s' is an llm.c model of version %d; versions 3 (FP32) and 5 (BF16) can be read", flag, path, h[1]); }
+    m.element_bytes = h[1] == 3 ? 4 : 2;
+    m.positions = h[2];
+    m.vocab = h[3];
+    m.layers = h[4];
+    m.heads = h[5];
+    m.width = h[6];
+    m.padded_vocab = h[7];
+    const int limit = 1 << 24;  // above every real shape, and small enough that no product below overflows
+    if (m.positions < 1 || m.positions > limit || m.vocab < 1 || m.vocab > limit || m.layers < 1 || m.layers > 10000 || m.heads < 1
+        || m.width < 1 || m.width > 1 << 20 || m.width % m.heads != 0 || m.padded_vocab < m.vocab || m.padded_vocab > limit) {
+        bad_input("%s: '%s' names a shape that no GPT has: %d positions, vocabulary %d (padded %d), %d layers, %d heads, width %d", flag, path,
+            m.positions, m.vocab, m.padded_vocab, m.layers, m.heads, m.width);
+    }
+    LlmcTensor tensors[LLMC_TENSORS];
+    llmc_tensors(tensors, &m);
+    int64_t elements = 0;
+    for (const LlmcTensor& t : tensors) { elements += t.elements * (t.per_layer ? m.layers : 1); }
+    int64_t expected = (int64_t)sizeof(h) + elements * m.element_bytes;
+    if (status.st_size != expected) {
+        bad_input("%s: '%s' is %s: its header's shape takes %" PRId64 " bytes, the file has %" PRId64, flag, path,
+            status.st_size < expected ? "cut short" : "too long", expected, (int64_t)status.st_size);
+    }
+    return m;
+}
+
+// values (rows, cols) of one parameter as float32: rows beyond the file's are zero.
+static inline void llmc_read(float* values, const LlmcModel* m, const Param* p) {
+    const char* name = strchr(p->name, '.') != NULL ? strchr(p->name, '.') + 1 : p->name;
+    LlmcTensor tensors[LLMC_TENSORS];
+    llmc_tensors(tensors, m);
+    int64_t first = 0;
+    const LlmcTensor* found = NULL;
+    for (const LlmcTensor& t : tensors) {
+        if (strcmp(t.name, name) == 0) { found = &t; break; }
+        first += t.elements * (t.per_layer ? m->layers : 1);
+    }
+    if (found == NULL) { die("llm.c models have no tensor '%s'", p->name); }
+    if (found->per_layer) { first += found->elements * p->layer; }
+    int64_t n = (int64_t)param_elements(p), wanted = min_of(p->valid_rows * p->cols, found->elements);
+    size_t bytes = (size_t)wanted * (size_t)m->element_bytes, done = 0;
+    char* raw = (char*)host_alloc(bytes);
+    off_t offset = (off_t)(LLMC_HEADER * 4 + first * m->element_bytes);
+    while (done < bytes) {
+        ssize_t got = pread(m->fd, raw + done, bytes - done, offset + (off_t)done);
+        if (got < 0 && errno == EINTR) { continue; }
+        if (got <= 0) { die("reading '%s' failed at byte %zu: %s", m->path, (size_t)offset + done, got < 0 ? strerror(errno) : "the file ended"); }
+        done += (size_t)got;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        bf16 half = {};
+        if (i >= wanted) { values[i] = 0.0f; }
+        else if (m->element_bytes == 4) { memcpy(&values[i], raw + 4 * i, 4); }
+        else { memcpy(&half, raw + 2 * i, 2); values[i] = to_float(half); }
+    }
+    free(raw);
+}
+
+static inline void llmc_close(LlmcModel* m) {
+    close(m->fd);
+    m->fd = -1;
+}

@@ -1,0 +1,84 @@
+// nccl.cuh: the calls of NCCL, and nothing but calls: every algorithm is above the interface of collectives.cuh, where it is tested through MPI.
+//
+// Communicators are non-blocking: each call may answer "in progress" and is then polled under our own clock, since NCCL itself waits for ever. Whoever
+// gives up ends all ranks (die), so no rank is left waiting in a kernel for one that has gone.
+#pragma once
+#include "device.cuh"
+#include <nccl.h>
+#include <time.h>
+#if NCCL_VERSION_CODE < 21400
+#error "NCCL 2.14 or later is needed: earlier ones have no non-blocking communicators"
+#endif
+
+constexpr int NCCL_PATIENCE = 600;  // seconds for one call to be taken up: connecting 512 ranks takes well under a minute
+
+static inline void nccl_check(ncclResult_t result, ncclComm_t comm, const char* call, const char* file, int line) {
+    if (result == ncclSuccess || result == ncclInProgress) { return; }
+    const char* hint = result == ncclRemoteError ? "; hint: another rank has ended or cannot be reached: look for its message first"
+        : result == ncclInvalidUsage ? "; hint: do two ranks share a GPU, or do the nodes have different versions of NCCL?"
+        : result == ncclSystemError ? "; hint: /dev/shm full, or no network interface that reaches the other nodes (NCCL_SOCKET_IFNAME)" : "";
+    die("%s:%d: %s: %s (%s)%s; NCCL_DEBUG=INFO tells more", file, line, call, ncclGetErrorString(result), ncclGetLastError(comm), hint);
+}
+
+// Calls, and waits until NCCL has taken the call up (not until the work on the stream is done).
+#define NCCL_CALL(comm, call) \
+    do { \
+        nccl_check((call), (comm), #call, __FILE__, __LINE__); \
+        nccl_settle((comm), #call, __FILE__, __LINE__); \
+    } while (0)
+
+static inline void nccl_settle(ncclComm_t comm, const char* call, const char* file, int line) {
+    time_t start = time(NULL);
+    for (;;) {
+        ncclResult_t state = ncclSuccess;
+        nccl_check(ncclCommGetAsyncError(comm, &state), comm, "ncclCommGetAsyncError", file, line);
+        nccl_check(state, comm, call, file, line);
+        if (state == ncclSuccess) { return; }
+        if (time(NULL) - start > NCCL_PATIENCE) {
+            die("%s:%d: %s: nothing for %d seconds; hint: has every rank been started, and can the nodes reach each other (NCCL_SOCKET_IFNAME)? "
+                "NCCL_DEBUG=INFO tells more", file, line, call, NCCL_PATIENCE);
+        }
+        usleep(50);
+    }
+}
+
+// Rank 0 makes the id; every rank of the group then connects with it.
+static inline ncclUniqueId nccl_unique_id(void) {
+    ncclUniqueId id;
+    nccl_check(ncclGetUniqueId(&id), NULL, "ncclGetUniqueId", __FILE__, __LINE__);
+    return id;
+}
+
+static inline ncclComm_t nccl_connect(ncclUniqueId id, int size, int rank) {
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    ncclComm_t comm = NULL;
+    nccl_check(ncclCommInitRankConfig(&comm, size, id, rank, &config), comm, "ncclCommInitRankConfig", __FILE__, __LINE__);
+    nccl_settle(comm, "ncclCommInitRankConfig", __FILE__, __LINE__);
+    return comm;
+}
+
+static inline void nccl_disconnect(ncclComm_t comm) {
+    NCCL_CALL(comm, ncclCommFinalize(comm));
+    nccl_check(ncclCommDestroy(comm), NULL, "ncclCommDestroy", __FILE__, __LINE__);
+}
+
+static inline void nccl_all_reduce_sum(ncclComm_t comm, float* data, size_t n, Stream stream) {
+    NCCL_CALL(comm, ncclAllReduce(data, data, n, ncclFloat, ncclSum, comm, stream));
+}
+
+// Of non-negative floats by their bits, so that NaN and inf win.
+static inline void nccl_all_reduce_max(ncclComm_t comm, float* data, size_t n, Stream stream) {
+    NCCL_CALL(comm, ncclAllReduce(data, data, n, ncclUint32, ncclMax, comm, stream));
+}
+
+static inline void nccl_broadcast(ncclComm_t comm, void* data, size_t bytes, int root, Stream stream) {
+    NCCL_CALL(comm, ncclBroadcast(data, data, bytes, ncclUint8, root, comm, stream));
+}
+
+// e.g. "NCCL 2.28.9": of the library at run time
+static inline void nccl_describe(char* out, size_t size) {
+    int v = 0;
+    nccl_check(ncclGetVersion(&v), NULL, "ncclGetVersion", __FILE__, __LINE__);
+    snprintf(out, size, "NCCL %d.%d.%d", v / 10000, v / 100 % 100, v % 100);
+}

@@ -1,0 +1,84 @@
+// params.h: the one table of parameters: the only description of what a model is made of.
+//
+// It is built once from the configuration. Initialisation, allocation, the optimizer, reduction, import and export all walk it, so a tensor that is
+// added to the table exists everywhere. The order is that of the forward pass, a layer's tensors side by side: a layer is then one stretch of the
+// flat FP32 arrays (gradients, master weights, moments), and a bucket of the gradient reduction.
+#pragma once
+#include "memory.h"
+
+// What decides a tensor's format: MATRIX is an input of an FP8 matmul where the recipe says so; EMBEDDING and VECTOR stay in the activations' type.
+enum FormatClass { MATRIX, EMBEDDING, VECTOR };
+
+struct Param {
+    char name[32];       // llm.c's names; layers as h0.qkvw
+    int64_t rows, cols;  // (rows, cols) row-major as stored; a vector has one row
+    int64_t valid_rows;  // rows beyond are padding (vocabulary): they stay zero
+    FormatClass format_class;
+    int layer;           // -1: outside the layers, before them; the layer count: after them
+    bool decay;          // weight decay applies
+    float init_std;      // drawn from N(0, init_std²) where > 0, else set to init_value
+    float init_value;
+    DType dtype;         // of the weight that the forward pass reads
+    size_t offset;       // of its first element within the flat FP32 arrays, a multiple of 64
+    void* weight;        // (rows, cols) of dtype
+    float* slot;         // FP8: {descale, scale, 0, 0}, 16-byte aligned on the device; NULL otherwise
+};
+
+constexpr int MAX_PARAMS = 4096;
+constexpr size_t PARAM_ALIGNMENT = 64;  // elements: 256 bytes in FP32
+
+struct ParamTable {
+    Param items[MAX_PARAMS];
+    int count;
+    size_t elements;  // of the flat arrays, paddings included
+};
+
+static inline size_t param_elements(const Param* p) { return (size_t)(p->rows * p->cols); }
+
+static inline Param* param_add(ParamTable* table, const char* name, int layer, int64_t rows, int64_t cols, FormatClass format_class, DType dtype) {
+    if (table->count == MAX_PARAMS) { die("more than %d parameters", MAX_PARAMS); }
+    Param* p = &table->items[table->count++];
+    *p = Param{};
+    snprintf(p->name, sizeof(p->name), "%s", name);
+    p->rows = rows;
+    p->cols = cols;
+    p->valid_rows = rows;
+    p->format_class = format_class;
+    p->layer = layer;
+    p->decay = rows > 1;
+    p->dtype = dtype;
+    p->offset = table->elements;
+    table->elements += round_up(param_elements(p), PARAM_ALIGNMENT);
+    return p;
+}
+
+static inline Param* param_find(ParamTable* table, const char* name) {
+    for (int i = 0; i < table->count; i++) {
+        if (strcmp(table->items[i].name, name) == 0) { return &table->items[i]; }
+    }
+    return NULL;
+}
+
+// The number of parameters in the usual sense: without padding rows
+static inline int64_t params_total(const ParamTable* table) {
+    int64_t n = 0;
+    for (int i = 0; i < table->count; i++) { n += table->items[i].valid_rows * table->items[i].cols; }
+    return n;
+}
+
+// Standard normal number of one element of a tensor (Box-Muller on the counter-based generator), the same whatever the layout over ranks
+static inline float param_normal(RandomKey key, uint64_t element) {
+    uint32_t a = random_bits(key, 2 * element), b = random_bits(key, 2 * element + 1);
+    double u = ((double)a + 0.5) * (1.0 / 4294967296.0), v = (double)b * (1.0 / 4294967296.0);
+    return (float)(sqrt(-2.0 * log(u)) * cos(2.0 * M_PI * v));
+}
+
+// Writes the initial values of a parameter as float32 (rows, cols). `index`: its place in the table.
+static inline void param_initialise(float* values, const Param* p, int index, uint64_t seed) {
+    RandomKey key = random_key(seed, 0, (uint64_t)index);
+    int64_t n = (int64_t)param_elements(p), valid = p->valid_rows * p->cols;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        values[i] = i >= valid ? 0.0f : p->init_std > 0.0f ? p->init_std * param_normal(key, (uint64_t)i) : p->init_value;
+    }
+}

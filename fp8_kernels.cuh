@@ -1,0 +1,521 @@
+// fp8_kernels.cuh: the kernels of the forward and backward pass, FP8 in and out.
+//
+// Every matmul input is made by one of two kernels from a *source*, a small struct that computes one element of it: the LayerNorm's output, GELU,
+// GELU's gradient, or a tensor that is there already. `Produce` walks rows; `ProduceWithBias` walks strips of rows and also adds up the columns,
+// which is the bias gradient. Both round the value to the activations' type T first (that 16-bit number is what is quantised, whether it is kept or
+// not, so a recomputed tensor has the same codes), take its amax where one is asked for, and write it times `scale` as D: FP8, or T itself.
+//
+// A tensor in FP8 has a slot of 16 bytes on the device, {descale, scale, 0, 0}: cuBLASLt wants the pointer to a dequantising scale 16-byte aligned.
+// Under `current` scaling the source is first produced as T with its amax, the slot is set from it, and the codes are made in a second pass. Under
+// `delayed` scaling the slot is filled from the site's history and the codes are made at once. A site is one place in the model where a tensor is
+// quantised; its amaxes over the micro-batches of a step are collected in one number, exchanged between ranks once a step, and kept for 16 steps.
+#pragma once
+#include "core/device.cuh"   // Team, load, store, run_rows
+#include "core/profile.h"    // ProfileScope
+#include <type_traits>
+
+constexpr int AMAX_WINDOW = 16;  // steps of history, as in MS-AMP
+constexpr int STRIP = 32;        // rows whose columns one Team adds up
+constexpr float LAYERNORM_EPS = 1e-5f;
+
+// A tensor that is an input of a matmul
+struct Tensor {
+    void* data;
+    DType dtype;
+    float* slot;  // FP8: {descale, scale, 0, 0}; NULL otherwise
+};
+
+// ---- types chosen at run time ----
+
+template <class T> struct Tag { typedef T type; };
+
+// f(Tag<T>, Tag<D>) for the activations' type T and an output type D: T itself, or FP8 beside BF16 activations
+template <class F> static inline void with_types(DType t, DType d, F f) {
+    if (t == FP32 && d == FP32) { f(Tag<float>{}, Tag<float>{}); }
+    else if (t == BF16 && d == BF16) { f(Tag<bf16>{}, Tag<bf16>{}); }
+    else if (t == BF16 && d == E4M3) { f(Tag<bf16>{}, Tag<e4m3>{}); }
+    else if (t == BF16 && d == E5M2) { f(Tag<bf16>{}, Tag<e5m2>{}); }
+    else { die("no kernel from %s to %s", dtype_names[t], dtype_names[d]); }
+}
+template <class F> static inline void with_type(DType t, F f) {
+    if (t == FP32) { f(Tag<float>{}); }
+    else if (t == BF16) { f(Tag<bf16>{}); }
+    else { die("%s is no type of activations", dtype_names[t]); }
+}
+
+// ---- sources ----
+
+template <class T> struct TensorSource {  // x
+    const T* x;
+    struct Row {
+        const T* x;
+        template <int N> DEVICE Vec<N> operator()(Range<N> c) const { return load(x, c); }
+    };
+    DEVICE Row row(size_t r, int C) const { return Row{x + r * C}; }
+};
+
+DEVICE float gelu_inner(float x) { return 1.5957691216f * (x + 0.044715f * x * x * x); }  // 2 √(2/π) (x + 0.044715 x³)
+
+template <class T> struct GeluSource {    // GELU, tanh form: x·(1 + tanh(u))/2 = x / (1 + e^(-2u))
+    const T* x;
+    struct Row {
+        const T* x;
+        template <int N> DEVICE Vec<N> operator()(Range<N> c) const {
+            Vec<N> v = load(x, c);
+            return Vec<N>::map([&](int k) { float a = v.v[k]; return a / (1.0f + exp_of(-gelu_inner(a))); });
+        }
+    };
+    DEVICE Row row(size_t r, int C) const { return Row{x + r * C}; }
+};
+
+template <class T> struct GeluGradSource {  // dy · GELU'(x); with s = 1/(1 + e^(-w)), w = 2u: GELU' = s + x·s·(1-s)·w'
+    const T* dy;
+    const T* x;
+    struct Row {
+        const T* dy;
+        const T* x;
+        template <int N> DEVICE Vec<N> operator()(Range<N> c) const {
+            Vec<N> v = load(x, c), d = load(dy, c);
+            return Vec<N>::map([&](int k) {
+                float a = v.v[k];
+                float s = 1.0f / (1.0f + exp_of(-gelu_inner(a)));
+                float slope = 1.5957691216f * (1.0f + 0.134145f * a * a);
+                return d.v[k] * (s + a * s * (1.0f - s) * slope);
+            });
+        }
+    };
+    DEVICE Row row(size_t r, int C) const { return Row{dy + r * C, x + r * C}; }
+};
+
+template <class T> struct LayerNormSource {  // (x - mean)·rstd·gain + bias
+    const T* x;
+    const float* mean;   // (rows)
+    const float* rstd;   // (rows)
+    const T* gain;       // (C)
+    const T* bias;       // (C)
+    struct Row {
+        const T* x;
+        const T* gain;
+        const T* bias;
+        float mean, rstd;
+        template <int N> DEVICE Vec<N> operator()(Range<N> c) const { return (load(x, c) - mean) * rstd * load(gain, c) + load(bias, c); }
+    };
+    DEVICE Row row(size_t r, int C) const { return Row{x + r * C, gain, bias, mean[r], rstd[r]}; }
+};
+
+// ---- making matmul inputs ----
+
+template <class Team> DEVICE void record_amax(Team team, uint32_t* amax, uint32_t top) {
+    if (amax != NULL && team.leads()) { atomic_max(amax, top); }
+}
+
+template <class T, class D, class Team, class Row> DEVICE void produce_row(Team team, D* y, uint32_t* amax, Row source, float scale, int C) {
+    uint32_t top = team.amax(C, [=](auto c) {
+        auto v = round_to<T>(source(c));
+        store(y, c, v * scale);
+        return v;
+    });
+    record_amax(team, amax, top);
+}
+
+template <class T, class D, class Source> struct Produce {  // y (rows, C) = D(T(source) · scale)
+    D* y;                // NULL: the amax alone
+    uint32_t* amax;      // NULL: not recorded
+    Source source;
+    const float* scale;  // NULL = 1
+    int C;
+    template <class Team> DEVICE void operator()(Team team, int row) const {
+        typename Source::Row from = source.row(row, C);
+        if (y == NULL) { record_amax(team, amax, team.amax(C, [=](auto c) { return round_to<T>(from(c)); })); }
+        else { produce_row<T>(team, y + (size_t)row * C, amax, from, scale != NULL ? *scale : 1.0f, C); }
+    }
+};
+
+template <class T, class D, class Source> struct ProduceWithBias {  // the same, and partial (strips, C): column sums of T(source) by strip
+    D* y;                // NULL: nothing to write, the sums alone
+    uint32_t* amax;
+    float* partial;
+    Source source;
+    const float* scale;
+    int rows, C;
+    template <class Team> DEVICE void operator()(Team team, int strip) const {
+        int r0 = strip * STRIP, r1 = min_of(rows, r0 + STRIP), n = C;
+        float* out = partial + (size_t)strip * C;
+        float k = scale != NULL ? *scale : 1.0f;
+        Source from = source;
+        D* base = y;
+        uint32_t top = base == NULL
+            ? team.columns(out, r0, r1, n, [=](int r, auto c) { return round_to<T>(from.row(r, n)(c)); })
+            : team.columns(out, r0, r1, n, [=](int r, auto c) {
+                  auto v = round_to<T>(from.row(r, n)(c));
+                  store(base + (size_t)r * n, c, v * k);
+                  return v;
+              });
+        record_amax(team, amax, top);
+    }
+};
+
+constexpr int COLUMN_TILE = 256;  // columns that one Team finishes
+
+struct FinishColumns {  // grad (C) = [grad +] Σ over strips of partial (strips, C), in order
+    float* grad;
+    float* partial;      // its first row is overwritten
+    int strips, C;
+    bool accumulate;
+    template <class Team> DEVICE void operator()(Team team, int tile) const {
+        int first = tile * COLUMN_TILE, n = min_of(C - first, COLUMN_TILE), width = C;
+        float* p = partial + first;
+        float* g = grad + first;
+        bool add = accumulate;
+        team.columns(p, 0, strips, n, [=](int r, auto c) { return load(p + (size_t)r * width, c); });
+        team.each(n, [=](auto c) { store(g, c, add ? load(g, c) + load(p, c) : load(p, c)); });
+    }
+};
+
+static inline int strips_of(int rows) { return ceil_div(rows, STRIP); }
+
+// grad (C) = [grad +] column sums of the strips
+static inline void finish_columns(float* grad, float* partial, int strips, int C, bool accumulate, Stream s) {
+    run_rows(FinishColumns{grad, partial, strips, C, accumulate}, ceil_div(C, COLUMN_TILE), s);
+}
+
+// ---- scaling: slots, sites and their history ----
+
+enum FP8Scaling { SCALING_DELAYED, SCALING_CURRENT };
+
+struct SetSlot {  // slot = scale from amax; amax 0, inf or NaN keeps the old scale
+    float* slot;
+    const uint32_t* amax;
+    float largest;
+    template <class Team> DEVICE void operator()(Team team, int) const {
+        if (!team.leads()) { return; }
+        float scale = scale_from_amax(bits_to_float(*amax), largest, 0, slot[1]);
+        slot[0] = 1.0f / scale;
+        slot[1] = scale;
+    }
+};
+
+// The scaling state of all sites, on the device
+struct Sites {
+    int count;
+    uint32_t* amax;     // (count) of this step so far: max over micro-batches
+    uint32_t* current;  // (1) of the tensor being quantised just in time
+    float* history;     // (count, AMAX_WINDOW) of the last steps
+    float* slots;       // (count, 4) {descale, scale, 0, 0}: under `delayed`, what the next step uses
+    float* largest;     // (count) of each site's format
+};
+
+struct UpdateSites {  // after a step: history, then the next scale. A non-finite amax is not recorded.
+    Sites sites;
+    int step;
+    template <class Team> DEVICE void operator()(Team team, int i) const {
+        if (!team.leads()) { return; }
+        float* history = sites.history + (size_t)i * AMAX_WINDOW;
+        uint32_t seen = sites.amax[i], top = 0;
+        if (seen < 0x7f800000u) { history[step % AMAX_WINDOW] = bits_to_float(seen); }
+        sites.amax[i] = 0;
+        for (int k = 0; k < AMAX_WINDOW; k++) { top = max_of(top, float_to_bits(history[k])); }
+        float* slot = sites.slots + (size_t)i * 4;
+        float scale = scale_from_amax(bits_to_float(top), sites.largest[i], 0, slot[1]);
+        slot[0] = 1.0f / scale;
+        slot[1] = scale;
+    }
+};
+
+struct ResetSlots {  // scale 1
+    float* slots;
+    template <class Team> DEVICE void operator()(Team team, int i) const {
+        if (!team.leads()) { return; }
+        for (int k = 0; k < 4; k++) { slots[(size_t)i * 4 + k] = k < 2 ? 1.0f : 0.0f; }
+    }
+};
+
+// How a matmul input is to be made: where its scale comes from and what is recorded
+struct Quantisation {
+    Sites* sites;
+    int site;
+    bool just_in_time;  // scale from this very tensor; otherwise from the site's history
+    bool record;        // its amax counts for the history (training's forward and backward; never recompute, evaluation, generation)
+    bool keep_scale;    // recompute: out.slot already holds the scale of the first time
+};
+
+template <class T, class D, class Source>
+static inline void produce_launch(D* y, uint32_t* amax, float* partial, Source source, const float* scale, int rows, int C, Stream s) {
+    if (partial != NULL) { run_rows(ProduceWithBias<T, D, Source>{y, amax, partial, source, scale, rows, C}, strips_of(rows), s); }
+    else { run_rows(Produce<T, D, Source>{y, amax, source, scale, C}, rows, s); }
+}
+
+struct MergeAmax {  // a just-in-time amax counts for the history too
+    uint32_t* into;
+    const uint32_t* from;
+    template <class Team> DEVICE void operator()(Team team, int) const {
+        if (team.leads()) { *into = max_of(*into, *from); }
+    }
+};
+
+// Sets out's slot from the amax in sites->current, and makes the codes of x (rows, C) with it: the second pass under a just-in-time scale.
+template <class T, class D>
+static inline void quantise_just_in_time(Tensor out, D* y, const T* x, uint32_t* recorded, Quantisation q, int rows, int C, Stream s) {
+    run_rows(SetSlot{out.slot, q.sites->current, largest_of(out.dtype)}, 1, s);
+    if (recorded != NULL) { run_rows(MergeAmax{recorded, q.sites->current}, 1, s); }
+    produce_launch<T>(y, (uint32_t*)NULL, (float*)NULL, TensorSource<T>{x}, out.slot + 1, rows, C, s);
+}
+
+// out (rows, C) = the source in out.dtype. `partial`: (strips, C), takes the column sums by strip; NULL = not wanted. `raw`: (rows, C) of the
+// activations' type, workspace for a just-in-time scale; NULL where the source is a tensor that is there already: then it is read twice, and nothing
+// is written where out is no FP8 (out.data is that tensor). `make(Tag<T>)` gives the source.
+template <class MakeSource>
+static inline void produce(Tensor out, float* partial, MakeSource make, DType act, Quantisation q, void* raw, int rows, int C, Stream s) {
+    with_types(act, out.dtype, [&](auto t, auto d) {
+        typedef typename decltype(t)::type T;
+        typedef typename decltype(d)::type D;
+        typedef decltype(make(t)) Source;
+        constexpr bool is_tensor = std::is_same<Source, TensorSource<T>>::value;
+        Source source = make(t);
+        D* y = (D*)out.data;
+        if (!is_fp8(out.dtype)) {
+            if (!is_tensor || partial != NULL) {
+                produce_launch<T>(is_tensor ? (D*)NULL : y, (uint32_t*)NULL, partial, source, (const float*)NULL, rows, C, s);
+            }
+            return;
+        }
+        uint32_t* recorded = q.record ? q.sites->amax + q.site : NULL;
+        if (q.keep_scale || !q.just_in_time) {
+            if (!q.keep_scale) { device_copy(out.slot, q.sites->slots + 4 * q.site, 16, s); }
+            produce_launch<T>(y, recorded, partial, source, out.slot + 1, rows, C, s);
+            return;
+        }
+        device_zero(q.sites->current, sizeof(uint32_t), s);
+        produce_launch<T>((T*)(is_tensor ? NULL : raw), q.sites->current, partial, source, (const float*)NULL, rows, C, s);
+        const T* x = (const T*)raw;
+        if constexpr (is_tensor) { x = source.x; }
+        quantise_just_in_time<T>(out, y, x, recorded, q, rows, C, s);
+    });
+}
+
+// ---- LayerNorm ----
+
+template <class T, class D> struct LayerNormForward {
+    T* sum;              // (rows, C) = x + delta, where delta is given
+    D* y;                // (rows, C); NULL: statistics only
+    uint32_t* amax;
+    float* mean;         // (rows)
+    float* rstd;         // (rows)
+    const T* x;
+    const T* delta;      // NULL = no addition
+    const T* gain;       // (C)
+    const T* bias;       // (C)
+    const float* scale;  // NULL = 1
+    int C;
+    template <class Team> DEVICE void operator()(Team team, int row) const {
+        const T* xr = x + (size_t)row * C;
+        if (delta != NULL) {
+            const T* dr = delta + (size_t)row * C;
+            T* sr = sum + (size_t)row * C;
+            team.each(C, [=](auto c) { store(sr, c, load(xr, c) + load(dr, c)); });
+            xr = sr;
+            team.sync();
+        }
+        float m = team.sum(C, [=](auto c) { return load(xr, c); }) / (float)C;
+        float var = team.sum(C, [=](auto c) { auto d = load(xr, c) - m; return d * d; }) / (float)C;
+        float rs = 1.0f / sqrtf(var + LAYERNORM_EPS);
+        if (team.leads()) { mean[row] = m; rstd[row] = rs; }
+        typename LayerNormSource<T>::Row source = {xr, gain, bias, m, rs};
+        produce_row<T>(team, y + (size_t)row * C, amax, source, scale != NULL ? *scale : 1.0f, C);
+    }
+};
+
+// A LayerNorm's tensors, of the activations' type
+struct LayerNormInputs {
+    void* sum;          // (rows, C) out: x + delta
+    const void* x;      // (rows, C)
+    const void* delta;  // (rows, C) or NULL
+    const void* gain;   // (C)
+    const void* bias;   // (C)
+    float* mean;        // (rows) out
+    float* rstd;        // (rows) out
+};
+
+// out (rows, C) = LayerNorm(x + delta) in out.dtype
+static inline void layernorm_forward(Tensor out, LayerNormInputs in, DType act, Quantisation q, void* raw, int rows, int C, Stream s) {
+    ProfileScope scope("layernorm forward");
+    with_types(act, out.dtype, [&](auto t, auto d) {
+        typedef typename decltype(t)::type T;
+        typedef typename decltype(d)::type D;
+        bool quantised = is_fp8(out.dtype), jit = quantised && q.just_in_time;
+        uint32_t* recorded = quantised && q.record ? q.sites->amax + q.site : NULL;
+        auto launch_as = [&](auto* y, uint32_t* amax, const float* scale) {
+            typedef typename std::remove_pointer<decltype(y)>::type Y;
+            run_rows(LayerNormForward<T, Y>{(T*)in.sum, y, amax, in.mean, in.rstd, (const T*)in.x, (const T*)in.delta, (const T*)in.gain,
+                                            (const T*)in.bias, scale, C}, rows, s);
+        };
+        if (jit) {
+            device_zero(q.sites->current, sizeof(uint32_t), s);
+            launch_as((T*)raw, q.sites->current, (const float*)NULL);
+            quantise_just_in_time<T>(out, (D*)out.data, (const T*)raw, recorded, q, rows, C, s);
+        } else {
+            if (quantised) { device_copy(out.slot, q.sites->slots + 4 * q.site, 16, s); }
+            launch_as((D*)out.data, recorded, quantised ? out.slot + 1 : (const float*)NULL);
+        }
+    });
+}
+
+template <class T> struct LayerNormBackward {  // dx (rows, C) [+]= …; partial sums of dgain and dbias by strip
+    T* dx;
+    float* dgain;        // (strips, C)
+    float* dbias;        // (strips, C)
+    const T* dy;
+    const T* x;
+    const float* mean;
+    const float* rstd;
+    const T* gain;
+    int rows, C;
+    bool accumulate;     // dx is the residual stream's gradient: it is added to, except where the stream ends
+    template <class Team> DEVICE void operator()(Team team, int strip) const {
+        int r0 = strip * STRIP, r1 = min_of(rows, r0 + STRIP), n = C;
+        const T* g = gain;
+        bool add = accumulate;
+        for (int r = r0; r < r1; r++) {
+            const T* dyr = dy + (size_t)r * n;
+            const T* xr = x + (size_t)r * n;
+            T* dxr = dx + (size_t)r * n;
+            float m = mean[r], rs = rstd[r];
+            auto sums = team.sum_pair(n, [=](auto c) {
+                auto dn = load(dyr, c) * load(g, c);
+                return pair_of(dn, dn * ((load(xr, c) - m) * rs));
+            });
+            float a = sums.a.v[0] / (float)n, b = sums.b.v[0] / (float)n;
+            team.each(n, [=](auto c) {
+                auto norm = (load(xr, c) - m) * rs;
+                auto d = (load(dyr, c) * load(g, c) - a - norm * b) * rs;
+                store(dxr, c, add ? load(dxr, c) + d : d);
+            });
+        }
+        const T* dyb = dy;
+        const T* xb = x;
+        const float* mb = mean;
+        const float* rb = rstd;
+        team.columns_pair(dgain + (size_t)strip * n, dbias + (size_t)strip * n, r0, r1, n, [=](int r, auto c) {
+            auto d = load(dyb + (size_t)r * n, c);
+            return pair_of(d * ((load(xb + (size_t)r * n, c) - mb[r]) * rb[r]), d);
+        });
+    }
+};
+
+// dx (rows, C) [+]= the LayerNorm's input gradient; dgain, dbias (C) [+]=. `partial`: (2, strips, C) floats of workspace.
+static inline void layernorm_backward(void* dx, float* dgain, float* dbias, float* partial, const void* dy, LayerNormInputs in, DType act,
+                                      bool accumulate_dx, bool accumulate_grads, int rows, int C, Stream s) {
+    ProfileScope scope("layernorm backward");
+    int strips = strips_of(rows);
+    float* second = partial + (size_t)strips * C;
+    with_type(act, [&](auto t) {
+        typedef typename decltype(t)::type T;
+        run_rows(LayerNormBackward<T>{(T*)dx, partial, second, (const T*)dy, (const T*)in.x, in.mean, in.rstd, (const T*)in.gain, rows, C,
+                                      accumulate_dx}, strips, s);
+    });
+    finish_columns(dgain, partial, strips, C, accumulate_grads, s);
+    finish_columns(dbias, second, strips, C, accumulate_grads, s);
+}
+
+// ---- embedding ----
+
+template <class T> struct EmbeddingForward {  // x (rows, C) = wte[token] [+ wpe[position]]
+    T* x;
+    const int* tokens;   // (rows)
+    const T* wte;        // (V, C)
+    const T* wpe;        // (maxT, C) or NULL
+    int T_, C;
+    template <class Team> DEVICE void operator()(Team team, int row) const {
+        T* xr = x + (size_t)row * C;
+        const T* e = wte + (size_t)tokens[row] * C;
+        if (wpe == NULL) {
+            team.each(C, [=](auto c) { store_raw(xr, c, load_raw(e, c)); });
+        } else {
+            const T* p = wpe + (size_t)(row % T_) * C;
+            team.each(C, [=](auto c) { store(xr, c, load(e, c) + load(p, c)); });
+        }
+    }
+};
+
+// The rows of a micro-batch sorted by token, so that each token's gradient is one Team's sum in a fixed order: no atomics, the same bytes every run.
+struct TokenGroups {
+    int* order;   // (rows) positions, grouped by token, ascending within a group
+    int* first;   // (groups + 1) where each group starts in `order`
+    int* token;   // (groups)
+    int groups;
+};
+
+template <class T> struct EmbeddingBackward {  // dwte[token] += Σ dx[positions of the token]
+    float* dwte;         // (V, C)
+    const T* dx;         // (rows, C)
+    TokenGroups g;
+    int C;
+    template <class Team> DEVICE void operator()(Team team, int group) const {
+        float* d = dwte + (size_t)g.token[group] * C;
+        int n = C;
+        for (int k = g.first[group]; k < g.first[group + 1]; k++) {
+            const T* r = dx + (size_t)g.order[k] * n;
+            team.each(n, [=](auto c) { store(d, c, load(d, c) + load(r, c)); });
+        }
+    }
+};
+
+template <class T> struct PositionBackward {  // dwpe[t] [+]= Σ over sequences of dx[b, t]
+    float* dwpe;         // (maxT, C)
+    const T* dx;         // (B, T, C)
+    int B, T_, C;
+    bool accumulate;
+    template <class Team> DEVICE void operator()(Team team, int t) const {
+        float* d = dwpe + (size_t)t * C;
+        int n = C;
+        for (int b = 0; b < B; b++) {
+            const T* r = dx + ((size_t)b * T_ + t) * n;
+            bool add = accumulate || b > 0;
+            team.each(n, [=](auto c) { store(d, c, add ? load(d, c) + load(r, c) : load(r, c)); });
+        }
+    }
+};
+
+// ---- cross-entropy ----
+
+template <class T> struct CrossEntropy {  // per row: loss = logsumexp(z) - z[target]; z becomes (softmax(z) - onehot)·weight
+    float* losses;       // (rows)
+    T* z;                // (rows, padded) logits in, their gradient out where `backward`
+    const int* targets;  // (rows)
+    float weight;        // of one row in the mean
+    int V, padded;       // columns V … padded-1 are no tokens: they take no part and get gradient 0
+    bool backward;
+    template <class Team> DEVICE void operator()(Team team, int row) const {
+        T* zr = z + (size_t)row * padded;
+        int target = targets[row], valid = V;
+        float top = team.max(padded, [=](auto c) { return mask(load(zr, c), c, valid, -3.0e38f); });
+        float total = team.sum(padded, [=](auto c) { return mask(exp_of(load(zr, c) - top), c, valid, 0.0f); });
+        float at_target = to_float(zr[target]);
+        team.sync();     // every thread has read its target before one of them overwrites it
+        if (team.leads()) { losses[row] = logf(total) + top - at_target; }
+        if (!backward) { return; }
+        float w = weight, p = w / total;
+        team.each(padded, [=](auto c) {
+            auto d = mask(exp_of(load(zr, c) - top) * p, c, valid, 0.0f);
+            store(zr, c, subtract_at(d, c, target, w));
+        });
+    }
+    template <int N> static DEVICE Vec<N> mask(Vec<N> v, Range<N> c, int valid, float other) {
+        return Vec<N>::map([&](int k) { return (int)c.i + k < valid ? v.v[k] : other; });
+    }
+    template <int N> static DEVICE Vec<N> subtract_at(Vec<N> v, Range<N> c, int at, float w) {
+        return Vec<N>::map([&](int k) { return (int)c.i + k == at ? v.v[k] - w : v.v[k]; });
+    }
+};
+
+struct AddLosses {  // *total += Σ losses, in order, in float64
+    double* total;
+    const float* losses;
+    int rows;
+    template <class Team> DEVICE void operator()(Team team, int) const {
+        if (!team.leads()) { return; }
+        double sum = 0.0;
+        for (int i = 0; i < rows; i++) { sum += (double)losses[i]; }
+        *total += sum;
+    }
+};

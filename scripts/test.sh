@@ -1,0 +1,159 @@
+#!/usr/bin/env bash
+# test.sh [NAME…]: builds everything, runs every test and counts. The last line is `N passed, N failed` (and `, N skipped`).
+#
+# A test program is test/NAME.cpp (cmocka) or test/NAME.bats; both speak TAP. Each gets a line, and its whole output where something failed
+# (V=1: always). A program that crashes, hangs, does not build, or runs fewer tests than it planned counts as failed and is named. With
+# NAMEs only those run. SOAK=1 is passed on to the tests, which then run their full counts. Where nvcc is present the CUDA build is compiled
+# and linked too, and is a test of its own (cuda-build).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+passed=0 failed=0 skipped=0
+seconds_each=300
+skip_line='^(not )?ok [0-9]+ .*# (skip|SKIP)'
+if [ -n "${SOAK:-}" ]; then
+    seconds_each=21600
+fi
+# The jobs of the make that called us are not ours to hand out; its variables are.
+if [ -n "${MAKEFLAGS:-}" ]; then
+    MAKEFLAGS=$(sed -E 's/(^| )-j[0-9]*//g; s/(^| )--jobserver-[a-z]+=[^ ]*//g' <<< "$MAKEFLAGS")
+    export MAKEFLAGS
+fi
+cores=$(nproc)
+export OMP_NUM_THREADS=$((cores < 2 ? cores : 2))
+export LC_ALL=C
+
+scripts/setup.sh --check || scripts/setup.sh
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+wanted() {
+    local name
+    for name in "${names[@]}"; do
+        if [ "$name" = "$1" ]; then
+            return 0
+        fi
+    done
+    [ ${#names[@]} = 0 ]
+}
+
+say() { printf '%-8s %-20s %s\n' "$@"; }
+
+# fail NAME WHY: one failure that no TAP line tells of.
+fail() {
+    failed=$((failed + 1))
+    say "not ok" "$1" "$2"
+}
+
+# run NAME COMMAND…: runs one test program and counts the TAP lines it prints.
+run() {
+    local name=$1 status=0 start=$SECONDS planned ok not_ok skip ran why='' words
+    shift
+    { timeout -k 10 "$seconds_each" "$@" > "$log" 2>&1 < /dev/null; } 2> /dev/null || status=$? # bash itself has no word on crashes
+    planned=$(awk '/^1\.\.[0-9]+/ { n += substr($1, 4) } END { print n + 0 }' "$log")
+    # bats marks a skipped test "ok 2 name # skip why", cmocka "not ok 2 # SKIP name"
+    skip=$(grep -cE "$skip_line" "$log" || true)
+    ok=$(grep -vE "$skip_line" "$log" | grep -cE '^ok ' || true)
+    not_ok=$(grep -vE "$skip_line" "$log" | grep -cE '^not ok ' || true)
+    ran=$((ok + not_ok + skip))
+    if ((status == 124 || status == 137)); then
+        why="ran past $seconds_each s"
+    elif ((status > 128)); then
+        why="crashed: signal $((status - 128)), $(kill -l $((status - 128)))"
+    elif ((ran < planned)); then
+        why="ended with status $status after $ran of $planned tests"
+    elif ((ran == 0)); then
+        why="ended with status $status and ran no test"
+    elif ((status != 0 && not_ok == 0)); then
+        why="ended with status $status though no test failed"
+    fi
+    passed=$((passed + ok)) failed=$((failed + not_ok)) skipped=$((skipped + skip))
+    words="$ok passed"
+    ((not_ok == 0)) || words+=", $not_ok failed"
+    ((skip == 0)) || words+=", $skip skipped"
+    words+=", $((SECONDS - start)) s"
+    if [ -n "$why" ]; then
+        fail "$name" "$why ($words)"
+    elif ((not_ok > 0)); then
+        say "not ok" "$name" "$words"
+    else
+        say ok "$name" "$words"
+    fi
+    if [ -n "$why" ] || ((not_ok > 0)) || [ -n "${V:-}" ]; then
+        sed 's/^/    /' "$log"
+    elif ((skip > 0)); then
+        grep -E "$skip_line" "$log" | sed 's/^/    /'
+    fi
+}
+
+# cuda_build: does the whole CUDA build compile and link? (Not to be asked where it is what we are testing anyway.)
+cuda_build() {
+    local start=$SECONDS
+    if ! scripts/detect.sh nvcc > /dev/null 2>&1; then
+        skipped=$((skipped + 1))
+        say skip cuda-build "no nvcc here: the CUDA build is not compiled"
+    elif make -s DEVICE=cuda BUILD=build/cuda SANITIZE= binary > "$log" 2>&1; then
+        passed=$((passed + 1))
+        say ok cuda-build "compiles and links, $((SECONDS - start)) s"
+    elif grep -q 'does not know sm_' "$log"; then
+        skipped=$((skipped + 1))
+        say skip cuda-build "$(grep -m1 'does not know sm_' "$log")"
+    else
+        fail cuda-build "does not compile and link"
+        sed 's/^/    /' "$log"
+    fi
+}
+
+names=("$@")
+for name in "${names[@]}"; do
+    if [ ! -e "test/$name.cpp" ] && [ ! -e "test/$name.bats" ] && [ "$name" != cuda-build ]; then
+        echo "test.sh: there is no test/$name.cpp and no test/$name.bats" >&2
+        exit 2
+    fi
+done
+
+config=$(make -s config)
+device=$(sed -n 's/^DEVICE = //p' <<< "$config")
+build=$(sed -n 's/^BUILD = //p' <<< "$config")
+sed -n 's/^\(DEVICE\|WHY\|MPI\|NCCL\|ONEDNN\) = \(..*\)/\1: \2/p' <<< "$config"
+programs=()
+for source in test/*.cpp; do
+    name=$(basename "$source" .cpp)
+    if [ -e "$source" ] && wanted "$name"; then
+        programs+=("$build/test/$name")
+    fi
+done
+start=$SECONDS
+make -s -k -j"$cores" all "${programs[@]}" > "$log" 2>&1 || true
+sed 's/^/    /' "$log" # silent when all is well; warnings and errors are for everyone to see
+if [ ! -x "$build/train_gpt_fp8" ]; then
+    fail train_gpt_fp8 "does not build"
+    rm -f train_gpt_fp8 # the end-to-end tests shall not run an old one
+fi
+echo "built in $((SECONDS - start)) s"
+
+for program in "${programs[@]}"; do
+    name=$(basename "$program")
+    if [ -x "$program" ]; then
+        CMOCKA_MESSAGE_OUTPUT=TAP run "$name" "$program"
+    else
+        fail "$name" "does not build"
+    fi
+done
+for source in test/*.bats; do
+    name=$(basename "$source" .bats)
+    if [ -e "$source" ] && wanted "$name"; then
+        run "$name" bats --tap "$source"
+    fi
+done
+if [ "$device" = cpu ] && wanted cuda-build; then
+    cuda_build
+fi
+
+((passed + failed > 0)) || echo "no test ran"
+if ((skipped > 0)); then
+    echo "$passed passed, $failed failed, $skipped skipped"
+else
+    echo "$passed passed, $failed failed"
+fi
+((failed == 0 && passed > 0))

@@ -1,0 +1,1393 @@
+// train_gpt_fp8.cu: the trainer: a GPT, its forward and backward pass, the training step, main().
+//
+// The model is a GPT-3-style decoder (pre-LayerNorm, GELU, biases, learned or rotary positions, tied or untied head). Its linear layers compute
+//     Y = X·Wᵀ, dX = dY·W, dW = dYᵀ·X
+// on X and W in E4M3 and dY in E5M2 with one power-of-two scale a tensor (recipe fp8), in BF16 (recipe bf16), or in FP32 (recipe fp32, for tests), with
+// FP32 accumulation; everything between them is stored in BF16 and computed in FP32. What backward needs is kept in `Layer`; --recompute keeps less.
+//
+// A step is: for each micro-batch forward, head and backward; the sum of the gradients over ranks; the optimizer's decision and update; the scales.
+// Nothing in it waits for the device: the host reads a step's record when the next step has been launched.
+//
+// Order of the file: settings and flags; the model and what it keeps; linear layers; forward, head, backward; evaluation and sampling; the training
+// run and what it prints.
+#include "fp8_kernels.cuh"       // kernels of the forward and backward pass, FP8 in and out; scaling sites
+#include "adam_fp8.cuh"          // gradient norm, the decision to step, AdamW
+#include "comm.cuh"              // the process group, the gradient reduction
+#include "dataloader.h"          // token shards and text
+#include "core/attention.cuh"    // attention_forward, attention_backward
+#include "core/log.h"            // log.jsonl, step lines, tables
+#include "core/matmul.cuh"       // matmul
+#include "core/memory.h"         // memory by category
+#include "core/model_io.h"       // llm.c's model.bin
+#include "core/options.h"        // the option table
+#include "core/params.h"         // the table of parameters
+#include <algorithm>
+
+// ---- settings ----
+
+enum Recipe { RECIPE_FP8, RECIPE_BF16, RECIPE_FP32 };
+enum Schedule { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_CONSTANT, SCHEDULE_WSD };
+enum Position { POSITION_ROPE, POSITION_LEARNED };
+enum FP8Format { FORMAT_E4M3, FORMAT_E5M2 };
+
+struct Bf16Layers { int first, last; };  // layers left in BF16 at each end
+
+struct Args {
+    const char* train_data = NULL;
+    const char* val_data = NULL;
+    double val_split = 0.0;
+    const char* output_dir = "log";
+    const char* init = NULL;
+    int64_t layers = 0, heads = 0, width = 0, vocab = 0;
+    Position position = POSITION_ROPE;
+    bool tied = true;
+    int64_t micro_batch = 4, seq_len = 1024, global_batch = 0, steps = -1;
+    bool overfit_batch = false;
+    double lr = 3e-4, min_lr_frac = 0.1, weight_decay = 0.1, clip = 1.0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
+    int64_t warmup = -1;
+    Schedule schedule = SCHEDULE_COSINE;
+    double skip_loss_z = 0.0, skip_grad_z = 0.0;
+    Recipe recipe = RECIPE_FP8;
+    FP8Scaling fp8_scaling = SCALING_DELAYED;
+    FP8Format fp8_fwd = FORMAT_E4M3, fp8_bwd = FORMAT_E5M2;
+    Bf16Layers bf16_layers = {0, 0};
+    int64_t recompute = 1;
+    int64_t val_every = 250, val_batches = 20, sample_every = 0, sample_len = 64;
+    int64_t seed = 1337;
+    bool staged = false, profile = false;
+};
+
+// "first:1,last:2"
+static const char* parse_bf16_layers(void* value, const char* text) {
+    static const char* const allowed = "first:N, last:M, or first:N,last:M with N and M 0 or more";
+    Bf16Layers layers = {0, 0};
+    while (*text != '\0') {
+        int* which = strncmp(text, "first:", 6) == 0 ? &layers.first : strncmp(text, "last:", 5) == 0 ? &layers.last : NULL;
+        if (which == NULL) { return allowed; }
+        text = strchr(text, ':') + 1;
+        char* end;
+        errno = 0;
+        long n = strtol(text, &end, 10);
+        if (end == text || *text < '0' || *text > '9' || errno != 0 || n > 100000) { return allowed; }
+        *which = (int)n;
+        if (*end == ',' && end[1] != '\0') { end++; }
+        else if (*end != '\0') { return allowed; }
+        text = end;
+    }
+    memcpy(value, &layers, sizeof(layers));
+    return NULL;
+}
+static void print_bf16_layers(char* text, size_t size, const void* value) {
+    const Bf16Layers* l = (const Bf16Layers*)value;
+    snprintf(text, size, "first:%d,last:%d", l->first, l->last);
+}
+static const char* parse_yes_no(void* value, const char* text) {
+    if (strcmp(text, "yes") != 0 && strcmp(text, "no") != 0) { return "yes or no"; }
+    *(bool*)value = strcmp(text, "yes") == 0;
+    return NULL;
+}
+static void print_yes_no(char* text, size_t size, const void* value) { snprintf(text, size, "%s", *(const bool*)value ? "yes" : "no"); }
+
+constexpr int MAX_OPTIONS = 64;
+
+struct OptionTable {
+    Option items[MAX_OPTIONS];
+    Options options;
+};
+
+static const RefusedFlag refused_flags[] = {
+    {"f", "the precision of FP32 matmuls is never lowered: no flag is needed"},
+    {"w", "master weights are always kept: no flag is needed"},
+    {"ge", "--recompute N (-r) and fused kernels: GELU has no switch of its own"},
+    {"nm", "--steps N (-x) ends a run"},
+    {"lg", "every step is logged"},
+    {"pn", "the launcher starts the processes: mpirun -np N"},
+    {"pr", "the launcher numbers the processes: mpirun -np N"},
+    {"pg", "the launcher places the processes: mpirun -np N"},
+    {"pi", "processes find each other through MPI: mpirun"},
+    {"pf", "processes find each other through MPI: mpirun"},
+    {"ps", "processes find each other through MPI: mpirun --host"},
+    {"z", "optimizer states are kept whole on every rank; leave the flag out"},
+    {"n", "this version writes no checkpoints; leave the flag out"},
+    {"nk", "this version writes no checkpoints; leave the flag out"},
+    {"y", "this version writes no checkpoints to go on from; leave the flag out"},
+    {"h", "this version scores no multiple-choice files; leave the flag out"},
+};
+
+static void option_table(OptionTable* t, Args* a) {
+    const Option items[] = {
+        option_group("Data"),
+        option_string("train-data", "i", &a->train_data, 1, "SPEC", "token shards (glob, list, or blend 0.7:a*.bin,0.3:b*.bin) or text files"),
+        option_string("val-data", "j", &a->val_data, 1, "SPEC", "validation data, of the same forms"),
+        option_double("val-split", NULL, &a->val_split, 0.0, OPTION_BELOW_1, "F", "without --val-data: hold back the last F of each training file"),
+        option_group("Model"),
+        option_string("init", "e", &a->init, 1, "WHAT", "d12 (gpt2:d6 to d84), gpt3:c768, gpt3:125m|7b|13b|175b, or an llm.c model.bin", "d12 unless a shape is given"),
+        option_int("layers", NULL, &a->layers, 1, 10000, "N", "decoder layers", "by --init"),
+        option_int("heads", NULL, &a->heads, 1, 1 << 16, "N", "attention heads", "by --init"),
+        option_int("width", NULL, &a->width, 1, 1 << 20, "N", "channels", "by --init"),
+        option_int("vocab", NULL, &a->vocab, 1, 1 << 24, "N", "vocabulary size; required for uint32 shards", "256 for text, 50257 for uint16 shards"),
+        option_choice("position", NULL, &a->position, "rope|learned", "P", "rotary or learned positions", "by --init; rope"),
+        option_custom("tie-embeddings", NULL, &a->tied, parse_yes_no, print_yes_no, "yes|no", "the head uses the token embedding"),
+        option_group("Batch and length"),
+        option_int("micro-batch", "b", &a->micro_batch, 1, 1 << 20, "N", "sequences of one rank in one pass"),
+        option_int("seq-len", "t", &a->seq_len, 1, 1 << 20, "N", "tokens of a sequence"),
+        option_int("global-batch", "d", &a->global_batch, 1, (int64_t)1 << 40, "N", "tokens of a step over all ranks; a multiple of micro-batch × seq-len × ranks", "one micro-batch a rank"),
+        option_int("steps", "x", &a->steps, -1, (int64_t)1 << 40, "N", "optimizer steps; -1: one epoch"),
+        option_flag("overfit-batch", "a", &a->overfit_batch, "train on the first global batch again and again"),
+        option_group("Optimizer"),
+        option_double("lr", "l", &a->lr, OPTION_ABOVE_0, 1e3, "F", "peak learning rate"),
+        option_int("warmup", "u", &a->warmup, 0, (int64_t)1 << 40, "N", "steps of linear warm-up", "1000, or a tenth of the steps if that is less"),
+        option_double("min-lr-frac", "q", &a->min_lr_frac, 0.0, 1.0, "F", "learning rate at the end, as a share of the peak"),
+        option_choice("lr-schedule", "k", &a->schedule, "cosine|linear|constant|wsd", "S", "course of the learning rate after warm-up; wsd: constant, then down by 1-sqrt over the last fifth"),
+        option_double("weight-decay", "c", &a->weight_decay, 0.0, 1e3, "F", "decoupled, on matrices and embeddings"),
+        option_double("clip", NULL, &a->clip, 0.0, 1e9, "F", "largest global gradient norm; 0: no clipping"),
+        option_double("beta1", NULL, &a->beta1, 0.0, OPTION_BELOW_1, "F", "decay of the first moment"),
+        option_double("beta2", NULL, &a->beta2, 0.0, OPTION_BELOW_1, "F", "decay of the second moment"),
+        option_double("eps", NULL, &a->eps, OPTION_ABOVE_0, 1.0, "F", "added to the root of the second moment"),
+        option_double("skip-loss-z", "sl", &a->skip_loss_z, 0.0, 1e9, "F", "skip a step whose loss is more than F deviations above the last 128; 0: never"),
+        option_double("skip-grad-z", "sg", &a->skip_grad_z, 0.0, 1e9, "F", "the same for the gradient norm"),
+        option_group("Precision and memory"),
+        option_choice("recipe", NULL, &a->recipe, "fp8|bf16|fp32", "R", "fp8: linear layers in FP8; fp32: for tests"),
+        option_choice("fp8-scaling", NULL, &a->fp8_scaling, "delayed|current", "S", "scales of X and dY: from the amaxes of the last 16 steps, or of the tensor itself"),
+        option_choice("fp8-fwd", NULL, &a->fp8_fwd, "e4m3|e5m2", "F", "format of X"),
+        option_choice("fp8-bwd", NULL, &a->fp8_bwd, "e4m3|e5m2", "F", "format of dY", "e5m2"),
+        option_custom("bf16-layers", NULL, &a->bf16_layers, parse_bf16_layers, print_bf16_layers, "first:N,last:M", "layers left in BF16 under recipe fp8"),
+        option_int("recompute", "r", &a->recompute, 0, 2, "N", "in backward again instead of kept: 0 nothing, 1 GELU, 2 GELU and LayerNorm"),
+        option_group("Output"),
+        option_string("output-dir", "o", &a->output_dir, 1, "DIR", "folder of log.jsonl"),
+        option_int("val-every", "v", &a->val_every, 0, (int64_t)1 << 40, "N", "steps between validations; 0: never"),
+        option_int("val-batches", "m", &a->val_batches, 0, (int64_t)1 << 40, "N", "micro-batches a rank in a validation, at most one pass; 0: never"),
+        option_int("sample-every", "s", &a->sample_every, 0, (int64_t)1 << 40, "N", "steps between samples of generated text (temperature 0.8); 0: never"),
+        option_int("sample-len", "g", &a->sample_len, 1, 1 << 20, "N", "tokens of a sample"),
+        option_flag("profile", NULL, &a->profile, "print time by operation at the end"),
+        option_group("Run"),
+        option_int("seed", NULL, &a->seed, 0, INT64_MAX, "N", "of initial weights, data order and samples"),
+        option_flag("staged", NULL, &a->staged, "GPUs: ranks may share a GPU and exchange through host memory"),
+    };
+    static_assert(sizeof(items) / sizeof(items[0]) <= MAX_OPTIONS, "MAX_OPTIONS");
+    memcpy(t->items, items, sizeof(items));
+    t->options = Options{t->items, (int)(sizeof(items) / sizeof(items[0])), refused_flags, (int)(sizeof(refused_flags) / sizeof(refused_flags[0])),
+        "usage: mpirun -np RANKS ./train_gpt_fp8 --train-data SPEC [flags]\nPretrains a GPT in FP8, on NVIDIA GPUs or on any CPU. llm.c's short flags mean what they mean there."};
+}
+
+// ---- presets ----
+
+struct Preset { const char* name; int layers, heads, width; Position position; };
+
+static const Preset presets[] = {
+    // GPT-2 by depth, as in llm.c
+    {"gpt2:d6", 6, 6, 384, POSITION_LEARNED}, {"gpt2:d12", 12, 12, 768, POSITION_LEARNED}, {"gpt2:d24", 24, 16, 1024, POSITION_LEARNED},
+    {"gpt2:d36", 36, 20, 1280, POSITION_LEARNED}, {"gpt2:d48", 48, 25, 1600, POSITION_LEARNED}, {"gpt2:d60", 60, 30, 1920, POSITION_LEARNED},
+    {"gpt2:d72", 72, 30, 2880, POSITION_LEARNED}, {"gpt2:d84", 84, 36, 3456, POSITION_LEARNED},
+    // GPT-3 by width (Brown et al. 2020, table 2.1)
+    {"gpt3:c384", 6, 6, 384, POSITION_LEARNED}, {"gpt3:c768", 12, 12, 768, POSITION_LEARNED}, {"gpt3:c1024", 24, 16, 1024, POSITION_LEARNED},
+    {"gpt3:c1536", 24, 16, 1536, POSITION_LEARNED}, {"gpt3:c2048", 24, 16, 2048, POSITION_LEARNED}, {"gpt3:c2560", 32, 32, 2560, POSITION_LEARNED},
+    {"gpt3:c4096", 32, 32, 4096, POSITION_LEARNED}, {"gpt3:c5120", 40, 40, 5120, POSITION_LEARNED}, {"gpt3:c12288", 96, 96, 12288, POSITION_LEARNED},
+    // FP8-LM's table 1
+    {"gpt3:125m", 12, 12, 768, POSITION_ROPE}, {"gpt3:7b", 32, 32, 4096, POSITION_ROPE}, {"gpt3:13b", 40, 40, 5120, POSITION_ROPE},
+    {"gpt3:175b", 96, 96, 12288, POSITION_ROPE},
+};
+
+static const Preset* find_preset(const char* name) {
+    for (const Preset& p : presets) {
+        if (strcmp(p.name, name) == 0 || (strncmp(p.name, "gpt2:", 5) == 0 && strcmp(p.name + 5, name) == 0)) { return &p; }
+    }
+    return NULL;
+}
+
+// ---- the model ----
+
+struct GptConfig {
+    int layers, heads, width;
+    int vocab, padded_vocab;  // the latter a multiple of 128; the tokens between are masked
+    int positions;            // rows of wpe; the longest sequence
+    bool rope, tied;
+    int T;                    // sequence length of this run
+    int B;                    // sequences of a micro-batch
+    int recompute;
+    DType act;                // activations, embeddings, vectors
+    bool fp8;                 // matrices in FP8, but for the first and last layers
+    Bf16Layers bf16_layers;
+    FP8Scaling scaling;
+    DType fp8_fwd, fp8_bwd;   // of X and of dY
+    uint64_t seed;
+};
+
+// Places where a layer quantises a matmul input: X of its four linear layers, and their dY
+enum Site { X_QKV, X_PROJ, X_FC, X_FCPROJ, DY_QKV, DY_PROJ, DY_FC, DY_FCPROJ, SITES_PER_LAYER };
+
+struct Layer {
+    bool fp8;
+    // parameters
+    Param *ln1w, *ln1b;          // (C)
+    Param *qkvw, *qkvb;          // (3C, C), (3C)
+    Param *projw, *projb;        // (C, C), (C)
+    Param *ln2w, *ln2b;          // (C)
+    Param *fcw, *fcb;            // (4C, C), (4C)
+    Param *fcprojw, *fcprojb;    // (C, 4C), (C)
+    // kept for backward
+    void* residual;              // (B, T, C) input of the layer
+    void* residual_mid;          // (B, T, C) after attention
+    float *mean1, *rstd1;        // (B, T)
+    float *mean2, *rstd2;        // (B, T)
+    Tensor x_qkv;                // (B, T, C) LayerNorm 1's output; shared between layers at --recompute 2
+    void* qkv;                   // (B, T, 3C)
+    float* lse;                  // (B, heads, T) logsumexp of the scores
+    Tensor x_proj;               // (B, T, C) attention's output
+    Tensor x_fc;                 // (B, T, C) LayerNorm 2's output; shared at --recompute 2
+    void* fc;                    // (B, T, 4C) before GELU
+    Tensor x_fcproj;             // (B, T, 4C) after GELU; shared from --recompute 1 on
+};
+
+struct Model {
+    GptConfig config;
+    ParamTable params;
+    Param *wte, *wpe, *lnfw, *lnfb, *head;  // wpe NULL with RoPE; head is wte when tied
+    Layer* layers;
+    float* grads;                // (elements) flat
+    Bucket* buckets;             // of the gradients: before the layers, each layer, after them
+    int bucket_count;
+    Optimizer optimizer;
+    Sites sites;
+    int steps_recorded;          // of amaxes: below AMAX_WINDOW the scales are made just in time
+    // kept for backward
+    void* residual_final;        // (B, T, C)
+    float *meanf, *rstdf;        // (B, T)
+    // workspace
+    void* narrow;                // (B, T, C) attention's output; final LayerNorm's output; gradients of LayerNorm and attention outputs
+    void* delta;                 // (B, T, C) what a block adds to the residual stream; gradient of the final LayerNorm's output
+    void* dresidual;             // (B, T, C) gradient of the residual stream
+    void* wide;                  // (B, T, 4C) gradients inside a block
+    void* raw;                   // (B, T, 4C) of a tensor before its just-in-time scale is known
+    Tensor dy;                   // (B, T, 4C) FP8 output gradient
+    float* partial;              // sums by column and strip
+    void* logits;                // (head_rows, padded_vocab)
+    int head_rows;               // rows of logits at a time
+    float* losses;               // (B, T)
+    double* loss_total;          // (1) over micro-batches
+    float* loss_mean;            // (1) over the global batch
+    int *tokens, *targets;       // (B, T)
+    TokenGroups groups;
+    float* rotary;               // (2, T, hs/2)
+    Attention attention;
+    Matmul matmul;
+    Stream stream;
+};
+
+constexpr size_t LOGITS_BYTES = (size_t)128 << 20;  // at most, of logits at a time
+
+static int rows_of(const Model* m) { return m->config.B * m->config.T; }
+
+static Param* add_layer_param(Model* m, int l, const char* name, int64_t rows, int64_t cols, FormatClass c, float init_std, float init_value) {
+    char full[32];
+    snprintf(full, sizeof(full), "h%d.%s", l, name);
+    bool fp8 = c == MATRIX && m->layers[l].fp8;
+    Param* p = param_add(&m->params, full, l, rows, cols, c, fp8 ? E4M3 : m->config.act);
+    p->init_std = init_std;
+    p->init_value = init_value;
+    return p;
+}
+
+// The table of parameters, in the order of the forward pass. Initial values as GPT-2's: N(0, 0.02²), projections into the residual stream smaller by
+// √(2·layers).
+static void build_params(Model* m) {
+    const GptConfig* c = &m->config;
+    int64_t C = c->width;
+    float std = 0.02f, std_residual = 0.02f / sqrtf(2.0f * (float)c->layers);
+    m->wte = param_add(&m->params, "wte", -1, c->padded_vocab, C, EMBEDDING, c->act);
+    m->wte->valid_rows = c->vocab;
+    m->wte->init_std = std;
+    if (!c->rope) {
+        m->wpe = param_add(&m->params, "wpe", -1, c->positions, C, EMBEDDING, c->act);
+        m->wpe->init_std = std;
+    }
+    for (int l = 0; l < c->layers; l++) {
+        Layer* y = &m->layers[l];
+        y->fp8 = c->fp8 && l >= c->bf16_layers.first && l < c->layers - c->bf16_layers.last;
+        y->ln1w = add_layer_param(m, l, "ln1w", 1, C, VECTOR, 0.0f, 1.0f);
+        y->ln1b = add_layer_param(m, l, "ln1b", 1, C, VECTOR, 0.0f, 0.0f);
+        y->qkvw = add_layer_param(m, l, "qkvw", 3 * C, C, MATRIX, std, 0.0f);
+        y->qkvb = add_layer_param(m, l, "qkvb", 1, 3 * C, VECTOR, 0.0f, 0.0f);
+        y->projw = add_layer_param(m, l, "attprojw", C, C, MATRIX, std_residual, 0.0f);
+        y->projb = add_layer_param(m, l, "attprojb", 1, C, VECTOR, 0.0f, 0.0f);
+        y->ln2w = add_layer_param(m, l, "ln2w", 1, C, VECTOR, 0.0f, 1.0f);
+        y->ln2b = add_layer_param(m, l, "ln2b", 1, C, VECTOR, 0.0f, 0.0f);
+        y->fcw = add_layer_param(m, l, "fcw", 4 * C, C, MATRIX, std, 0.0f);
+        y->fcb = add_layer_param(m, l, "fcb", 1, 4 * C, VECTOR, 0.0f, 0.0f);
+        y->fcprojw = add_layer_param(m, l, "fcprojw", C, 4 * C, MATRIX, std_residual, 0.0f);
+        y->fcprojb = add_layer_param(m, l, "fcprojb", 1, C, VECTOR, 0.0f, 0.0f);
+    }
+    m->lnfw = param_add(&m->params, "lnfw", c->layers, 1, C, VECTOR, c->act);
+    m->lnfw->init_value = 1.0f;
+    m->lnfb = param_add(&m->params, "lnfb", c->layers, 1, C, VECTOR, c->act);
+    m->head = m->wte;
+    if (!c->tied) {
+        m->head = param_add(&m->params, "lmhead", c->layers, c->padded_vocab, C, EMBEDDING, c->act);
+        m->head->valid_rows = c->vocab;
+        m->head->init_std = std;
+    }
+}
+
+// A bucket of the gradient reduction for each layer, and for what lies before and after them
+static void build_buckets(Model* m) {
+    int n = 0;
+    for (int i = 0; i < m->params.count; i++) {
+        const Param* p = &m->params.items[i];
+        size_t end = i + 1 < m->params.count ? m->params.items[i + 1].offset : m->params.elements;
+        if (i == 0 || p->layer != m->params.items[i - 1].layer) { m->buckets[n++] = Bucket{p->offset, 0, p->name}; }
+        m->buckets[n - 1].count = end - m->buckets[n - 1].first;
+    }
+    m->bucket_count = n;
+    check_buckets(m->buckets, n, m->params.elements);
+}
+
+// ---- linear layers ----
+
+static Operand operand(Tensor x, int64_t ld, bool transposed) { return Operand{x.data, x.dtype, x.slot, ld, 0, transposed}; }
+static Tensor weight_tensor(const Param* w) { return Tensor{w->weight, w->dtype, w->slot}; }
+
+// y (rows, N) = x (rows, K) · wᵀ + b, w (N, K)
+static MatmulCall linear_call(const Model* m, void* y, Tensor x, const Param* w, const Param* b, int rows) {
+    MatmulCall c = {};
+    c.d = y;
+    c.d_dtype = c.bias_dtype = m->config.act;
+    c.d_ld = w->rows;
+    c.a = operand(x, w->cols, false);
+    c.b = operand(weight_tensor(w), w->cols, true);
+    c.bias = b != NULL ? b->weight : NULL;
+    c.m = rows;
+    c.n = (int)w->rows;
+    c.k = (int)w->cols;
+    c.batch = 1;
+    c.fast_accumulate = true;
+    return c;
+}
+// dx (rows, K) = dy (rows, N) · w
+static MatmulCall linear_input_call(const Model* m, void* dx, Tensor dy, const Param* w, int rows) {
+    MatmulCall c = {};
+    c.d = dx;
+    c.d_dtype = m->config.act;
+    c.d_ld = w->cols;
+    c.a = operand(dy, w->rows, false);
+    c.b = operand(weight_tensor(w), w->cols, false);
+    c.m = rows;
+    c.n = (int)w->cols;
+    c.k = (int)w->rows;
+    c.batch = 1;
+    return c;
+}
+// dw (N, K) [+]= dyᵀ · x
+static MatmulCall linear_weight_call(float* dw, Tensor dy, Tensor x, const Param* w, int rows, bool accumulate) {
+    MatmulCall c = {};
+    c.d = dw;
+    c.d_dtype = FP32;
+    c.d_ld = w->cols;
+    c.a = operand(dy, w->rows, true);
+    c.b = operand(x, w->cols, false);
+    c.m = (int)w->rows;
+    c.n = (int)w->cols;
+    c.k = rows;
+    c.batch = 1;
+    c.accumulate = accumulate;
+    return c;
+}
+
+static float* grad_of(const Model* m, const Param* p) { return m->grads + p->offset; }
+
+static void linear_forward(Model* m, void* y, Tensor x, const Param* w, const Param* b, int rows) {
+    ProfileScope scope("matmul forward");
+    MatmulCall c = linear_call(m, y, x, w, b, rows);
+    matmul(&m->matmul, &c, m->stream);
+}
+static void linear_backward(Model* m, void* dx, Tensor dy, Tensor x, const Param* w, int rows, bool accumulate) {
+    ProfileScope scope("matmul backward");
+    MatmulCall input = linear_input_call(m, dx, dy, w, rows), weight = linear_weight_call(grad_of(m, w), dy, x, w, rows, accumulate);
+    matmul(&m->matmul, &input, m->stream);
+    matmul(&m->matmul, &weight, m->stream);
+}
+
+// The workspace of every matmul that a run makes: training on (B, T), sampling on (1, T)
+static void plan_matmuls(Model* m) {
+    const GptConfig* c = &m->config;
+    int rows = rows_of(m);
+    auto plan = [&](MatmulCall call) { matmul_plan(&m->matmul, &call); };
+    for (int l = 0; l < c->layers; l++) {
+        const Layer* y = &m->layers[l];
+        if (l > 0 && l < c->layers - 1 && y->fp8 == m->layers[l - 1].fp8) { continue; }  // its shapes and types are the last layer's
+        const Param* weights[] = {y->qkvw, y->projw, y->fcw, y->fcprojw};
+        const Param* biases[] = {y->qkvb, y->projb, y->fcb, y->fcprojb};
+        Tensor x = {NULL, y->fp8 ? c->fp8_fwd : c->act, NULL}, dy = {NULL, y->fp8 ? c->fp8_bwd : c->act, NULL};
+        for (int i = 0; i < 4; i++) {
+            plan(linear_call(m, NULL, x, weights[i], biases[i], rows));
+            plan(linear_call(m, NULL, x, weights[i], biases[i], c->T));
+            plan(linear_input_call(m, NULL, dy, weights[i], rows));
+            plan(linear_weight_call(NULL, dy, x, weights[i], rows, false));
+            plan(linear_weight_call(NULL, dy, x, weights[i], rows, true));
+        }
+    }
+    Tensor act = {NULL, c->act, NULL};
+    const int heads[] = {m->head_rows, (rows - 1) % m->head_rows + 1, 1};
+    for (int n : heads) {
+        plan(linear_call(m, NULL, act, m->head, NULL, n));
+        plan(linear_input_call(m, NULL, act, m->head, n));
+        plan(linear_weight_call(NULL, act, act, m->head, n, false));
+        plan(linear_weight_call(NULL, act, act, m->head, n, true));
+    }
+    attention_plan(&m->attention, &m->matmul, true);
+}
+
+// ---- allocation: the same code dry and for real ----
+
+static Tensor take_tensor(Memory* memory, MemoryCategory category, DType dtype, size_t elements, float** slots) {
+    Tensor t = {memory_take(memory, category, elements, (size_t)dtype_bytes(dtype)), dtype, NULL};
+    if (is_fp8(dtype)) {
+        t.slot = *slots;
+        if (*slots != NULL) { *slots += 4; }
+    }
+    return t;
+}
+
+static void model_allocate(Model* m, Group* group, Memory* memory) {
+    const GptConfig* c = &m->config;
+    size_t C = (size_t)c->width, rows = (size_t)rows_of(m), act = (size_t)dtype_bytes(c->act);
+    // weights
+    float* slot = memory_take<float>(memory, WEIGHTS, 4 * (size_t)m->params.count);
+    bool fp32 = c->act == FP32;
+    if (fp32) { m->optimizer.master = memory_take<float>(memory, WEIGHTS, m->params.elements); }
+    for (int i = 0; i < m->params.count; i++) {
+        Param* p = &m->params.items[i];
+        if (fp32) { p->weight = memory->committed ? m->optimizer.master + p->offset : NULL; continue; }
+        p->weight = memory_take(memory, WEIGHTS, param_elements(p), (size_t)dtype_bytes(p->dtype));
+        p->slot = is_fp8(p->dtype) && memory->committed ? slot + 4 * i : NULL;
+    }
+    m->grads = memory_take<float>(memory, GRADIENTS, m->params.elements);
+    optimizer_allocate(&m->optimizer, &m->params, fp32, memory);
+    // scaling state
+    m->sites.count = c->fp8 ? c->layers * SITES_PER_LAYER : 0;
+    size_t sites = (size_t)m->sites.count;
+    m->sites.amax = memory_take<uint32_t>(memory, OPTIMIZER, sites);
+    m->sites.current = memory_take<uint32_t>(memory, OPTIMIZER, 1);
+    m->sites.history = memory_take<float>(memory, OPTIMIZER, sites * AMAX_WINDOW);
+    m->sites.slots = memory_take<float>(memory, OPTIMIZER, sites * 4);
+    m->sites.largest = memory_take<float>(memory, OPTIMIZER, sites);
+    // what backward needs
+    float* slots = memory_take<float>(memory, ACTIVATIONS, 4 * ((size_t)c->layers * 4 + 1));
+    bool any_bf16_layer = false;
+    for (int l = 0; l < c->layers; l++) { any_bf16_layer |= !m->layers[l].fp8; }
+    DType shared_type = any_bf16_layer ? c->act : c->fp8_fwd;  // a shared buffer holds the widest of its tensors
+    void* shared_ln = c->recompute >= 2 ? memory_take(memory, WORKSPACE, rows * C, (size_t)dtype_bytes(shared_type)) : NULL;
+    void* shared_gelu = c->recompute >= 1 ? memory_take(memory, WORKSPACE, rows * 4 * C, (size_t)dtype_bytes(shared_type)) : NULL;
+    for (int l = 0; l < c->layers; l++) {
+        Layer* y = &m->layers[l];
+        DType x = y->fp8 ? c->fp8_fwd : c->act;
+        y->residual = memory_take(memory, ACTIVATIONS, rows * C, act);
+        y->residual_mid = memory_take(memory, ACTIVATIONS, rows * C, act);
+        y->mean1 = memory_take<float>(memory, ACTIVATIONS, rows);
+        y->rstd1 = memory_take<float>(memory, ACTIVATIONS, rows);
+        y->mean2 = memory_take<float>(memory, ACTIVATIONS, rows);
+        y->rstd2 = memory_take<float>(memory, ACTIVATIONS, rows);
+        y->x_qkv = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 2 ? 0 : rows * C, &slots);
+        y->qkv = memory_take(memory, ACTIVATIONS, rows * 3 * C, act);
+        y->lse = memory_take<float>(memory, ACTIVATIONS, rows * (size_t)c->heads);
+        y->x_proj = take_tensor(memory, ACTIVATIONS, x, rows * C, &slots);
+        y->x_fc = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 2 ? 0 : rows * C, &slots);
+        y->fc = memory_take(memory, ACTIVATIONS, rows * 4 * C, act);
+        y->x_fcproj = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 1 ? 0 : rows * 4 * C, &slots);
+        if (c->recompute >= 2) { y->x_qkv.data = y->x_fc.data = shared_ln; }
+        if (c->recompute >= 1) { y->x_fcproj.data = shared_gelu; }
+    }
+    m->residual_final = memory_take(memory, ACTIVATIONS, rows * C, act);
+    m->meanf = memory_take<float>(memory, ACTIVATIONS, rows);
+    m->rstdf = memory_take<float>(memory, ACTIVATIONS, rows);
+    // workspace
+    m->narrow = memory_take(memory, WORKSPACE, rows * C, act);
+    m->delta = memory_take(memory, WORKSPACE, rows * C, act);
+    m->dresidual = memory_take(memory, WORKSPACE, rows * C, act);
+    m->wide = memory_take(memory, WORKSPACE, rows * 4 * C, act);
+    m->raw = memory_take(memory, WORKSPACE, c->fp8 ? rows * 4 * C : 0, act);
+    m->dy = take_tensor(memory, WORKSPACE, c->fp8 ? c->fp8_bwd : c->act, c->fp8 ? rows * 4 * C : 0, &slots);
+    m->partial = memory_take<float>(memory, WORKSPACE, (size_t)strips_of((int)rows) * 4 * C);
+    size_t most = max_of(LOGITS_BYTES / ((size_t)c->padded_vocab * act), (size_t)1), chunks = ceil_div(rows, most);
+    m->head_rows = (int)min_of(round_up(ceil_div(rows, chunks), (size_t)16), rows);
+    m->logits = memory_take(memory, WORKSPACE, (size_t)m->head_rows * c->padded_vocab, act);
+    m->losses = memory_take<float>(memory, WORKSPACE, rows);
+    m->loss_total = memory_take<double>(memory, WORKSPACE, 1);
+    m->loss_mean = memory_take<float>(memory, WORKSPACE, 1);
+    m->tokens = memory_take<int>(memory, WORKSPACE, rows);
+    m->targets = memory_take<int>(memory, WORKSPACE, rows);
+    m->groups.order = memory_take<int>(memory, WORKSPACE, rows);
+    m->groups.first = memory_take<int>(memory, WORKSPACE, rows + 1);
+    m->groups.token = memory_take<int>(memory, WORKSPACE, rows);
+    m->rotary = c->rope ? memory_take<float>(memory, WORKSPACE, (size_t)c->T * (C / (size_t)c->heads)) : NULL;
+    m->attention.act = c->act;
+    m->attention.T = c->T;
+    m->attention.heads = c->heads;
+    m->attention.head_size = c->width / c->heads;
+    m->attention.rope = c->rope;
+    m->attention.rotary = m->rotary;
+    attention_allocate(&m->attention, memory);
+    if (!memory->committed) { plan_matmuls(m); }
+    void* matmul_workspace = memory_take(memory, WORKSPACE, m->matmul.planned, 1);
+    if (memory->committed) { matmul_set_workspace(&m->matmul, matmul_workspace, m->matmul.planned); }
+    group_set_buffer(group, memory_take(memory, COMMUNICATION, group_buffer_bytes(group), 1));
+}
+
+static void model_create(Model* m, const GptConfig* config, Group* group, Memory* memory, int processes_on_device) {
+    *m = Model{};
+    m->config = *config;
+    m->layers = (Layer*)host_alloc((size_t)config->layers * sizeof(Layer));
+    m->buckets = (Bucket*)host_alloc((size_t)(config->layers + 2) * sizeof(Bucket));
+    for (int l = 0; l < config->layers; l++) { m->layers[l] = Layer{}; }
+    build_params(m);
+    build_buckets(m);
+    m->stream = stream_create();
+    matmul_create(&m->matmul);
+    model_allocate(m, group, memory);
+    memory_commit(memory, processes_on_device);
+    model_allocate(m, group, memory);
+    memory_check(memory);
+    optimizer_reset(&m->optimizer, &m->params, m->stream);
+    device_zero(m->grads, m->params.elements * sizeof(float), m->stream);
+    for (int i = 0; i < m->params.count; i++) {
+        if (m->params.items[i].slot != NULL) { run_rows(ResetSlots{m->params.items[i].slot}, 1, m->stream); }
+    }
+    if (config->fp8) {
+        Sites* s = &m->sites;
+        size_t n = (size_t)s->count;
+        device_zero(s->amax, n * sizeof(uint32_t), m->stream);
+        device_zero(s->history, n * AMAX_WINDOW * sizeof(float), m->stream);
+        run_rows(ResetSlots{s->slots}, s->count, m->stream);
+        float* largest = (float*)host_alloc(n * sizeof(float));
+        for (size_t i = 0; i < n; i++) { largest[i] = largest_of(i % SITES_PER_LAYER < DY_QKV ? config->fp8_fwd : config->fp8_bwd); }
+        copy_to_device(s->largest, largest, n * sizeof(float), m->stream);
+        run_rows(ResetSlots{m->dy.slot}, 1, m->stream);
+        for (int l = 0; l < config->layers; l++) {
+            const Tensor kept[] = {m->layers[l].x_qkv, m->layers[l].x_proj, m->layers[l].x_fc, m->layers[l].x_fcproj};
+            for (const Tensor& t : kept) {
+                if (t.slot != NULL) { run_rows(ResetSlots{t.slot}, 1, m->stream); }
+            }
+        }
+        stream_sync(m->stream);
+        free(largest);
+    }
+    if (config->rope) {
+        size_t n = (size_t)config->T * (size_t)(config->width / config->heads);
+        float* table = (float*)host_alloc(n * sizeof(float));
+        rotary_table(table, config->T, config->width / config->heads);
+        copy_to_device(m->rotary, table, n * sizeof(float), m->stream);
+        stream_sync(m->stream);
+        free(table);
+    }
+}
+
+static void model_free(Model* m, Memory* memory) {
+    stream_sync(m->stream);
+    matmul_destroy(&m->matmul);
+    stream_destroy(m->stream);
+    memory_release(memory);
+    free(m->layers);
+    free(m->buckets);
+    *m = Model{};
+}
+
+// Sets every master weight: from an llm.c file, or from the seed; then the weights that the forward pass reads.
+static void model_set_weights(Model* m, const LlmcModel* file) {
+    size_t largest = 0;
+    for (int i = 0; i < m->params.count; i++) { largest = max_of(largest, param_elements(&m->params.items[i])); }
+    float* values = (float*)host_alloc(largest * sizeof(float));
+    for (int i = 0; i < m->params.count; i++) {
+        Param* p = &m->params.items[i];
+        if (file != NULL) { llmc_read(values, file, p); } else { param_initialise(values, p, i, m->config.seed); }
+        copy_to_device(m->optimizer.master + p->offset, values, param_elements(p) * sizeof(float), m->stream);
+        stream_sync(m->stream);
+    }
+    free(values);
+    optimizer_cast_weights(&m->optimizer, &m->params, m->stream);
+}
+
+// ---- forward ----
+
+// What a pass over the model is for decides what of it is recorded.
+enum Purpose { TRAIN, INFER };
+
+static Quantisation site_of(Model* m, int layer, Site site, Purpose purpose) {
+    Quantisation q = {};
+    q.sites = &m->sites;
+    q.site = layer * SITES_PER_LAYER + site;
+    q.just_in_time = m->config.scaling == SCALING_CURRENT || m->steps_recorded < AMAX_WINDOW;
+    q.record = purpose == TRAIN;
+    return q;
+}
+static Quantisation recomputed(Quantisation q) {
+    q.record = false;
+    q.keep_scale = true;
+    return q;
+}
+
+static LayerNormInputs layernorm_1(const Layer* y, const void* x, const void* delta) {
+    return LayerNormInputs{y->residual, x, delta, y->ln1w->weight, y->ln1b->weight, y->mean1, y->rstd1};
+}
+static LayerNormInputs layernorm_2(const Layer* y, const void* x, const void* delta) {
+    return LayerNormInputs{y->residual_mid, x, delta, y->ln2w->weight, y->ln2b->weight, y->mean2, y->rstd2};
+}
+
+static void gelu_forward(Model* m, int l, Quantisation q, int rows) {
+    ProfileScope scope("gelu forward");
+    Layer* y = &m->layers[l];
+    const void* fc = y->fc;
+    produce(y->x_fcproj, NULL, [=](auto t) { typedef typename decltype(t)::type T; return GeluSource<T>{(const T*)fc}; }, m->config.act, q, m->raw,
+            rows, 4 * m->config.width, m->stream);
+}
+
+// LayerNorm's output again, from the statistics that were kept
+static void layernorm_again(Model* m, Tensor out, LayerNormInputs in, Quantisation q, int rows) {
+    ProfileScope scope("layernorm forward");
+    produce(out, NULL, [=](auto t) {
+        typedef typename decltype(t)::type T;
+        return LayerNormSource<T>{(const T*)in.x, in.mean, in.rstd, (const T*)in.gain, (const T*)in.bias};
+    }, m->config.act, recomputed(q), m->raw, rows, m->config.width, m->stream);
+}
+
+// A tensor (rows, C) that is there already as a matmul input: quantised into out, or as it is. `partial`: sums by column, NULL = not wanted
+static Tensor matmul_input(Model* m, Tensor out, float* partial, void* x, Quantisation q, int rows, int C, bool fp8) {
+    ProfileScope scope("cast");
+    if (!fp8) { out = Tensor{x, m->config.act, NULL}; }
+    produce(out, partial, [=](auto t) { typedef typename decltype(t)::type T; return TensorSource<T>{(const T*)x}; }, m->config.act, q, NULL, rows, C,
+            m->stream);
+    return out;
+}
+
+// From m->tokens (B, T) to the final LayerNorm's output in m->narrow (B, T, C)
+static void forward(Model* m, int B, Purpose purpose) {
+    const GptConfig* c = &m->config;
+    int C = c->width, rows = B * c->T;
+    Stream s = m->stream;
+    void* x = m->layers[0].residual;
+    {
+        ProfileScope scope("embedding forward");
+        with_type(c->act, [&](auto t) {
+            typedef typename decltype(t)::type T;
+            run_rows(EmbeddingForward<T>{(T*)x, m->tokens, (const T*)m->wte->weight, (const T*)(c->rope ? NULL : m->wpe->weight), c->T, C}, rows, s);
+        });
+    }
+    const void* delta = NULL;
+    for (int l = 0; l < c->layers; l++) {
+        Layer* y = &m->layers[l];
+        layernorm_forward(y->x_qkv, layernorm_1(y, x, delta), c->act, site_of(m, l, X_QKV, purpose), m->raw, rows, C, s);
+        linear_forward(m, y->qkv, y->x_qkv, y->qkvw, y->qkvb, rows);
+        void* out = y->fp8 ? m->narrow : y->x_proj.data;
+        attention_forward(&m->attention, &m->matmul, out, y->lse, y->qkv, B, s);
+        if (y->fp8) { matmul_input(m, y->x_proj, NULL, out, site_of(m, l, X_PROJ, purpose), rows, C, true); }
+        linear_forward(m, m->delta, y->x_proj, y->projw, y->projb, rows);
+        layernorm_forward(y->x_fc, layernorm_2(y, y->residual, m->delta), c->act, site_of(m, l, X_FC, purpose), m->raw, rows, C, s);
+        linear_forward(m, y->fc, y->x_fc, y->fcw, y->fcb, rows);
+        gelu_forward(m, l, site_of(m, l, X_FCPROJ, purpose), rows);
+        linear_forward(m, m->delta, y->x_fcproj, y->fcprojw, y->fcprojb, rows);
+        x = y->residual_mid;
+        delta = m->delta;
+    }
+    Tensor out = {m->narrow, c->act, NULL};
+    layernorm_forward(out, LayerNormInputs{m->residual_final, x, delta, m->lnfw->weight, m->lnfb->weight, m->meanf, m->rstdf}, c->act, Quantisation{},
+                      NULL, rows, C, s);
+}
+
+static void* advance(void* p, DType t, size_t elements) { return (char*)p + elements * (size_t)dtype_bytes(t); }
+
+// Logits and loss of m->narrow (B, T, C) against m->targets, chunk by chunk; adds to m->loss_total. `backward`: also the gradient of m->narrow into
+// m->delta and of the head's weight, each row weighing `weight` in the mean.
+static void head_loss(Model* m, int B, bool backward, float weight, bool accumulate) {
+    ProfileScope scope("head and loss");
+    const GptConfig* c = &m->config;
+    int rows = B * c->T;
+    for (int first = 0; first < rows; first += m->head_rows) {
+        int n = min_of(m->head_rows, rows - first);
+        size_t at = (size_t)first * (size_t)c->width;
+        Tensor x = {advance(m->narrow, c->act, at), c->act, NULL}, z = {m->logits, c->act, NULL};
+        MatmulCall logits = linear_call(m, m->logits, x, m->head, NULL, n);
+        matmul(&m->matmul, &logits, m->stream);
+        with_type(c->act, [&](auto t) {
+            typedef typename decltype(t)::type T;
+            run_rows(CrossEntropy<T>{m->losses + first, (T*)m->logits, m->targets + first, weight, c->vocab, c->padded_vocab, backward}, n, m->stream);
+        });
+        if (!backward) { continue; }
+        MatmulCall dx = linear_input_call(m, advance(m->delta, c->act, at), z, m->head, n);
+        MatmulCall dw = linear_weight_call(grad_of(m, m->head), z, x, m->head, n, accumulate || first > 0);
+        matmul(&m->matmul, &dx, m->stream);
+        matmul(&m->matmul, &dw, m->stream);
+    }
+    run_rows(AddLosses{m->loss_total, m->losses, rows}, 1, m->stream);
+}
+
+// ---- backward ----
+
+// dy = the gradient of a linear layer's output, (rows, C) in x, as its matmuls take it; adds up its bias gradient
+static Tensor output_gradient(Model* m, int l, Site site, void* x, const Param* bias, int rows, bool accumulate) {
+    int C = (int)bias->cols;
+    Tensor dy = matmul_input(m, m->dy, m->partial, x, site_of(m, l, site, TRAIN), rows, C, m->layers[l].fp8);
+    finish_columns(grad_of(m, bias), m->partial, strips_of(rows), C, accumulate, m->stream);
+    return dy;
+}
+
+static void layernorm_backward_of(Model* m, const Param* gain, const Param* bias, const void* dy, LayerNormInputs in, int rows, bool first_use, bool accumulate) {
+    layernorm_backward(m->dresidual, grad_of(m, gain), grad_of(m, bias), m->partial, dy, in, m->config.act, !first_use, accumulate, rows, m->config.width,
+                       m->stream);
+}
+
+// Gradients of all parameters from m->delta, the gradient of the final LayerNorm's output. `accumulate`: not the first micro-batch of the step.
+static void backward(Model* m, int B, bool accumulate) {
+    const GptConfig* c = &m->config;
+    int C = c->width, rows = B * c->T;
+    Stream s = m->stream;
+    layernorm_backward_of(m, m->lnfw, m->lnfb, m->delta, LayerNormInputs{NULL, m->residual_final, NULL, m->lnfw->weight, NULL, m->meanf, m->rstdf}, rows,
+                          true, accumulate);
+    for (int l = c->layers - 1; l >= 0; l--) {
+        Layer* y = &m->layers[l];
+        LayerNormInputs ln1 = layernorm_1(y, y->residual, NULL), ln2 = layernorm_2(y, y->residual_mid, NULL);
+        // second linear layer of the block, GELU, the first
+        Tensor dy = output_gradient(m, l, DY_FCPROJ, m->dresidual, y->fcprojb, rows, accumulate);
+        if (c->recompute >= 1) { gelu_forward(m, l, recomputed(site_of(m, l, X_FCPROJ, TRAIN)), rows); }
+        linear_backward(m, m->wide, dy, y->x_fcproj, y->fcprojw, rows, accumulate);
+        Tensor dfc = y->fp8 ? m->dy : Tensor{m->wide, c->act, NULL};
+        {
+            ProfileScope scope("gelu backward");
+            const void *dgelu = m->wide, *fc = y->fc;
+            produce(dfc, m->partial, [=](auto t) { typedef typename decltype(t)::type T; return GeluGradSource<T>{(const T*)dgelu, (const T*)fc}; }, c->act,
+                    site_of(m, l, DY_FC, TRAIN), m->raw, rows, 4 * C, s);
+            finish_columns(grad_of(m, y->fcb), m->partial, strips_of(rows), 4 * C, accumulate, s);
+        }
+        if (c->recompute >= 2) { layernorm_again(m, y->x_fc, ln2, site_of(m, l, X_FC, TRAIN), rows); }
+        linear_backward(m, m->narrow, dfc, y->x_fc, y->fcw, rows, accumulate);
+        layernorm_backward_of(m, y->ln2w, y->ln2b, m->narrow, ln2, rows, false, accumulate);
+        // projection, attention, queries with keys and values
+        dy = output_gradient(m, l, DY_PROJ, m->dresidual, y->projb, rows, accumulate);
+        linear_backward(m, m->narrow, dy, y->x_proj, y->projw, rows, accumulate);
+        attention_backward(&m->attention, &m->matmul, m->wide, m->narrow, y->qkv, y->lse, B, s);
+        dy = output_gradient(m, l, DY_QKV, m->wide, y->qkvb, rows, accumulate);
+        if (c->recompute >= 2) { layernorm_again(m, y->x_qkv, ln1, site_of(m, l, X_QKV, TRAIN), rows); }
+        linear_backward(m, m->narrow, dy, y->x_qkv, y->qkvw, rows, accumulate);
+        layernorm_backward_of(m, y->ln1w, y->ln1b, m->narrow, ln1, rows, false, accumulate);
+    }
+    ProfileScope scope("embedding backward");
+    if (!c->tied && !accumulate) { device_zero(grad_of(m, m->wte), param_elements(m->wte) * sizeof(float), s); }  // tied: the head has written it
+    with_type(c->act, [&](auto t) {
+        typedef typename decltype(t)::type T;
+        const T* dx = (const T*)m->dresidual;
+        run_rows(EmbeddingBackward<T>{grad_of(m, m->wte), dx, m->groups, C}, m->groups.groups, s);
+        if (!c->rope) { run_rows(PositionBackward<T>{grad_of(m, m->wpe), dx, B, c->T, C, accumulate}, c->T, s); }
+    });
+}
+
+// ---- batches ----
+
+struct HostBatch {               // of one micro-batch
+    int32_t *tokens, *targets;   // (B, T)
+    int32_t *order, *first, *group_token;
+    uint64_t* keys;
+};
+
+static HostBatch host_batch_create(int rows) {
+    size_t n = (size_t)rows * sizeof(int32_t);
+    HostBatch b = {};
+    b.tokens = (int32_t*)host_alloc(n);
+    b.targets = (int32_t*)host_alloc(n);
+    b.order = (int32_t*)host_alloc(n);
+    b.first = (int32_t*)host_alloc(n + sizeof(int32_t));
+    b.group_token = (int32_t*)host_alloc(n);
+    b.keys = (uint64_t*)host_alloc((size_t)rows * sizeof(uint64_t));
+    return b;
+}
+static void host_batch_free(HostBatch* b) {
+    free(b->tokens); free(b->targets); free(b->order); free(b->first); free(b->group_token); free(b->keys);
+    *b = HostBatch{};
+}
+
+// Tokens and targets to the device; for training also the rows sorted by token
+static void upload_batch(Model* m, HostBatch* b, int rows, Purpose purpose) {
+    ProfileScope scope("batch to device");
+    size_t bytes = (size_t)rows * sizeof(int32_t);
+    copy_to_device(m->tokens, b->tokens, bytes, m->stream);
+    copy_to_device(m->targets, b->targets, bytes, m->stream);
+    if (purpose != TRAIN) { return; }
+    for (int i = 0; i < rows; i++) { b->keys[i] = (uint64_t)(uint32_t)b->tokens[i] << 32 | (uint32_t)i; }
+    std::sort(b->keys, b->keys + rows);
+    int groups = 0;
+    for (int i = 0; i < rows; i++) {
+        int32_t token = (int32_t)(b->keys[i] >> 32);
+        b->order[i] = (int32_t)(uint32_t)b->keys[i];
+        if (i == 0 || b->group_token[groups - 1] != token) {
+            b->group_token[groups] = token;
+            b->first[groups++] = i;
+        }
+    }
+    b->first[groups] = rows;
+    m->groups.groups = groups;
+    copy_to_device(m->groups.order, b->order, bytes, m->stream);
+    copy_to_device(m->groups.first, b->first, ((size_t)groups + 1) * sizeof(int32_t), m->stream);
+    copy_to_device(m->groups.token, b->group_token, (size_t)groups * sizeof(int32_t), m->stream);
+}
+
+// ---- a training step ----
+
+struct FinishLoss {  // mean = total · weight
+    float* mean;
+    const double* total;
+    double weight;
+    template <class Team> DEVICE void operator()(Team team, int) const {
+        if (team.leads()) { *mean = (float)(*total * weight); }
+    }
+};
+
+struct StepSettings {
+    int micro_batches;           // of this rank
+    DecisionRules rules;
+    AdamRates rates;
+    float weight_decay;
+};
+
+// One micro-batch's share of the gradients. `weight`: of a token in the mean over the global batch
+static void micro_step(Model* m, HostBatch* batch, int index, float weight) {
+    int B = m->config.B;
+    upload_batch(m, batch, rows_of(m), TRAIN);
+    if (index == 0) { device_zero(m->loss_total, sizeof(double), m->stream); }
+    forward(m, B, TRAIN);
+    head_loss(m, B, true, weight, index > 0);
+    backward(m, B, index > 0);
+}
+
+// The gradients of all ranks' micro-batches are summed, and the optimizer decides and steps. The record is ready when the stream has come this far.
+static void finish_step(Model* m, Group* group, const StepSettings* settings, float weight) {
+    run_rows(FinishLoss{m->loss_mean, m->loss_total, (double)weight}, 1, m->stream);
+    {
+        ProfileScope scope("gradient reduction");
+        all_reduce_sum(group, m->loss_mean, 1, m->stream);
+        reduce_gradients(group, m->grads, m->buckets, m->bucket_count, m->stream);
+        if (m->sites.count > 0) { all_reduce_max(group, (float*)m->sites.amax, (size_t)m->sites.count, m->stream); }
+    }
+    optimizer_step(&m->optimizer, &m->params, m->grads, m->loss_mean, settings->rules, settings->rates, settings->weight_decay, m->stream);
+    if (m->sites.count > 0) {
+        run_rows(UpdateSites{m->sites, m->steps_recorded}, m->sites.count, m->stream);
+        m->steps_recorded++;
+    }
+}
+
+static StepRecord read_record(Model* m) {
+    StepRecord r;
+    copy_to_host(&r, &m->optimizer.state->record, sizeof(r), m->stream);
+    return r;
+}
+
+// ---- evaluation and sampling ----
+
+// Mean loss over up to `batches` micro-batches of each rank
+static double evaluate(Model* m, Group* group, DataLoader* loader, HostBatch* batch, int64_t batches) {
+    loader_rewind(loader);
+    int64_t per_call = (int64_t)m->config.B * group->size;
+    batches = max_of((int64_t)1, min_of(batches, loader_windows(loader) / per_call));
+    device_zero(m->loss_total, sizeof(double), m->stream);
+    for (int64_t i = 0; i < batches; i++) {
+        loader_next(loader, batch->tokens, batch->targets);
+        upload_batch(m, batch, rows_of(m), INFER);
+        forward(m, m->config.B, INFER);
+        head_loss(m, m->config.B, false, 0.0f, false);
+    }
+    double total;
+    copy_to_host(&total, m->loss_total, sizeof(total), m->stream);
+    host_all_reduce_sum(group, &total, 1);
+    return total / ((double)batches * rows_of(m) * group->size);
+}
+
+// Draws from softmax(logits / temperature)
+static int sample_token(const float* logits, int vocab, float temperature, double coin) {
+    double total = 0.0, sum = 0.0;
+    float top = logits[0];
+    for (int i = 1; i < vocab; i++) { top = max_of(top, logits[i]); }
+    for (int i = 0; i < vocab; i++) { total += exp((double)(logits[i] - top) / temperature); }
+    for (int i = 0; i < vocab; i++) {
+        sum += exp((double)(logits[i] - top) / temperature) / total;
+        if (coin < sum) { return i; }
+    }
+    return vocab - 1;
+}
+
+constexpr float SAMPLE_TEMPERATURE = 0.8f;
+
+// Continues tokens[0] to `length` tokens; beyond T the window slides
+static void generate(Model* m, int* tokens, int length, uint64_t seed) {
+    const GptConfig* c = &m->config;
+    int T = c->T, *window = (int*)host_alloc((size_t)T * sizeof(int));
+    size_t bytes = (size_t)dtype_bytes(c->act);
+    char* raw = (char*)host_alloc((size_t)c->padded_vocab * bytes);
+    float* logits = (float*)host_alloc((size_t)c->padded_vocab * sizeof(float));
+    RandomKey key = random_key(seed, 1, 0);
+    for (int n = 1; n < length; n++) {
+        int first = max_of(0, n - T), used = n - first;
+        memset(window, 0, (size_t)T * sizeof(int));
+        memcpy(window, tokens + first, (size_t)used * sizeof(int));
+        copy_to_device(m->tokens, window, (size_t)T * sizeof(int), m->stream);
+        forward(m, 1, INFER);
+        Tensor x = {advance(m->narrow, c->act, (size_t)(used - 1) * (size_t)c->width), c->act, NULL};
+        MatmulCall call = linear_call(m, m->logits, x, m->head, NULL, 1);
+        matmul(&m->matmul, &call, m->stream);
+        copy_to_host(raw, m->logits, (size_t)c->padded_vocab * bytes, m->stream);
+        for (int i = 0; i < c->vocab; i++) {
+            if (c->act == BF16) { bf16 v; memcpy(&v, raw + 2 * i, 2); logits[i] = to_float(v); }
+            else { memcpy(&logits[i], raw + 4 * i, 4); }
+        }
+        tokens[n] = sample_token(logits, c->vocab, SAMPLE_TEMPERATURE, random_bits(key, (uint64_t)n) * (1.0 / 4294967296.0));
+    }
+    free(window);
+    free(raw);
+    free(logits);
+}
+
+// ---- learning rate ----
+
+// Linear warm-up to lr, then the schedule down to lr·floor at the last step
+static double learning_rate(Schedule schedule, double lr, double floor, int64_t warmup, int64_t step, int64_t steps) {
+    if (step < warmup) { return lr * (double)(step + 1) / (double)warmup; }
+    double share = steps > warmup ? (double)(step - warmup) / (double)(steps - warmup) : 1.0, left;
+    switch (schedule) {
+        case SCHEDULE_COSINE: left = 0.5 * (1.0 + cos(M_PI * share)); break;
+        case SCHEDULE_LINEAR: left = 1.0 - share; break;
+        case SCHEDULE_WSD: {
+            double decay = 0.8 * (double)steps;
+            left = (double)step < decay ? 1.0 : 1.0 - sqrt(((double)step - decay) / ((double)steps - decay));
+            break;
+        }
+        default: left = 1.0;
+    }
+    return lr * (floor + (1.0 - floor) * left);
+}
+
+// ---- the run ----
+
+struct Run {
+    Args args;
+    OptionTable table;
+    World world;
+    Group group;
+    GptConfig config;
+    LlmcModel file;
+    bool has_file, has_val;
+    DataLoader train, val;
+    Memory memory;
+    Model model;
+    HostBatch batch;
+    Log log;
+    Console console;
+    StepClock clock;
+    int micro_batches;           // of each rank in a step
+    int64_t steps, warmup;
+    double flops_per_token, peak_flops;
+    const char* peak_name;
+};
+
+static bool is_file(const char* path) { return access(path, F_OK) == 0; }
+
+// Shape and numerics from --init, the explicit flags and the data
+static void resolve_model(Run* r) {
+    Args* a = &r->args;
+    Options* o = &r->table.options;
+    GptConfig* c = &r->config;
+    bool shaped = option_given(o, &a->layers) || option_given(o, &a->heads) || option_given(o, &a->width);
+    const char* init = a->init != NULL ? a->init : shaped ? NULL : "d12";
+    const Preset* preset = init != NULL ? find_preset(init) : NULL;
+    if (preset != NULL) {
+        set_default(o, &a->layers, preset->layers);
+        set_default(o, &a->heads, preset->heads);
+        set_default(o, &a->width, preset->width);
+        set_default(o, &a->position, preset->position);
+    } else if (init != NULL) {
+        if (!is_file(init)) {
+            bad_input("--init: '%s' is neither a preset (d12, gpt2:d6 to gpt2:d84, gpt3:c384 to gpt3:c12288, gpt3:125m, gpt3:7b, gpt3:13b, gpt3:175b) nor "
+                "a file", quoted(init).text);
+        }
+        r->file = llmc_open("--init", init);
+        r->has_file = true;
+        struct { const char* flag; int64_t* value; int64_t in_file; } fixed[] = {
+            {"--layers", &a->layers, r->file.layers}, {"--heads", &a->heads, r->file.heads}, {"--width", &a->width, r->file.width},
+            {"--vocab", &a->vocab, r->file.vocab}};
+        for (auto& f : fixed) {
+            if (option_given(o, f.value) && *f.value != f.in_file) {
+                bad_input("%s: %" PRId64 " was asked for, and '%s' has %" PRId64 "; leave the flag out", f.flag, *f.value, init, f.in_file);
+            }
+            *f.value = f.in_file;
+        }
+        if (option_given(o, &a->position) && a->position != POSITION_LEARNED) { bad_input("--position: '%s' has learned positions, not rope", init); }
+        if (!a->tied) { bad_input("--tie-embeddings: '%s' has a tied head, not no", init); }
+        a->position = POSITION_LEARNED;
+        if (a->seq_len > r->file.positions) {
+            bad_input("--seq-len: %" PRId64 " is longer than the %d positions of '%s'", a->seq_len, r->file.positions, init);
+        }
+    }
+    if (a->layers == 0 || a->heads == 0 || a->width == 0) {
+        bad_input("--layers, --heads and --width are needed together, or --init with a preset such as d12");
+    }
+    if (a->width % a->heads != 0) { bad_input("--width: %" PRId64 " is not divisible by --heads %" PRId64, a->width, a->heads); }
+    int64_t head_size = a->width / a->heads;
+    if (a->position == POSITION_ROPE && head_size % 2 != 0) {
+        bad_input("--width: %" PRId64 " over --heads %" PRId64 " gives heads of %" PRId64 "; rotary positions need an even size", a->width, a->heads, head_size);
+    }
+    if (a->recipe == RECIPE_FP8 && a->fp8_fwd == FORMAT_E5M2 && a->fp8_bwd == FORMAT_E5M2) {
+        bad_input("--fp8-fwd e5m2 with --fp8-bwd e5m2: the weight gradient would be E5M2 × E5M2, which no FP8 unit multiplies; make one of them e4m3");
+    }
+    if (a->recipe != RECIPE_FP8) {
+        const struct { const char* flag; const void* value; } needs_fp8[] = {
+            {"--fp8-scaling", &a->fp8_scaling}, {"--fp8-fwd", &a->fp8_fwd}, {"--fp8-bwd", &a->fp8_bwd}, {"--bf16-layers", &a->bf16_layers}};
+        for (auto& f : needs_fp8) {
+            if (option_given(o, f.value)) { bad_input("%s belongs to recipe fp8, not to --recipe %s", f.flag, a->recipe == RECIPE_BF16 ? "bf16" : "fp32"); }
+        }
+    }
+    if (a->bf16_layers.first + a->bf16_layers.last > a->layers) {
+        bad_input("--bf16-layers: first:%d,last:%d are more than the %" PRId64 " layers", a->bf16_layers.first, a->bf16_layers.last, a->layers);
+    }
+    if (device_is_gpu && a->width % 16 != 0) { bad_input("--width: %" PRId64 " is not a multiple of 16, which the GPU's matrix units need", a->width); }
+    if (a->micro_batch * a->seq_len > INT32_MAX / 4) {
+        bad_input("--micro-batch %" PRId64 " × --seq-len %" PRId64 " are more tokens than one pass can hold (%d)", a->micro_batch, a->seq_len, INT32_MAX / 4);
+    }
+    c->layers = (int)a->layers;
+    c->heads = (int)a->heads;
+    c->width = (int)a->width;
+    c->rope = a->position == POSITION_ROPE;
+    c->tied = a->tied;
+    c->T = (int)a->seq_len;
+    c->B = (int)a->micro_batch;
+    c->positions = r->has_file ? r->file.positions : c->T;
+    c->recompute = (int)a->recompute;
+    c->act = a->recipe == RECIPE_FP32 ? FP32 : BF16;
+    c->fp8 = a->recipe == RECIPE_FP8;
+    c->bf16_layers = a->bf16_layers;
+    c->scaling = a->fp8_scaling;
+    c->fp8_fwd = a->fp8_fwd == FORMAT_E4M3 ? E4M3 : E5M2;
+    c->fp8_bwd = a->fp8_bwd == FORMAT_E4M3 ? E4M3 : E5M2;
+    c->seed = (uint64_t)a->seed;
+    if (3 + 12 * (int64_t)c->layers + 2 > MAX_PARAMS) { bad_input("--layers: at most %d", (MAX_PARAMS - 5) / 12); }
+}
+
+static DataLoaderConfig loader_config(const Run* r, const char* flag, const char* spec, LoaderPart part) {
+    DataLoaderConfig c = {};
+    c.flag = flag;
+    c.spec = spec;
+    c.vocab = r->args.vocab;
+    c.seq_len = r->config.T;
+    c.seed = r->config.seed;
+    c.shuffle = part != LOADER_VAL;
+    c.val_split = r->args.val_split;
+    c.part = part;
+    c.rank = r->group.rank;
+    c.ranks = r->group.size;
+    c.micro_batch = r->config.B;
+    return c;
+}
+
+static void open_data(Run* r) {
+    Args* a = &r->args;
+    if (a->train_data == NULL) { bad_input("--train-data is missing: token shards or a text file to train on"); }
+    bool validates = a->val_every > 0 && a->val_batches > 0;
+    bool split = a->val_data == NULL && a->val_split > 0.0;
+    if (a->val_data != NULL && a->val_split > 0.0) { bad_input("--val-split: %g was given together with --val-data; give one of them", a->val_split); }
+    DataLoaderConfig train = loader_config(r, "--train-data", a->train_data, split ? LOADER_TRAIN : LOADER_ALL);
+    loader_open(&r->train, &train);
+    r->has_val = validates && (a->val_data != NULL || split);
+    if (r->has_val) {
+        DataLoaderConfig val = split ? loader_config(r, "--train-data", a->train_data, LOADER_VAL) : loader_config(r, "--val-data", a->val_data, LOADER_ALL);
+        val.shuffle = false;
+        loader_open(&r->val, &val);
+        if (r->val.vocab != r->train.vocab || r->val.kind != r->train.kind) {
+            bad_input("--val-data: '%s' holds %s tokens of a vocabulary of %" PRId64 ", and --train-data %s of %" PRId64, a->val_data, loader_kind_name(&r->val),
+                r->val.vocab, loader_kind_name(&r->train), r->train.vocab);
+        }
+    }
+    r->config.vocab = (int)r->train.vocab;
+    r->config.padded_vocab = round_up(r->config.vocab, 128);
+}
+
+static void resolve_batch(Run* r) {
+    Args* a = &r->args;
+    int64_t pass = a->micro_batch * a->seq_len * r->group.size;
+    set_default(&r->table.options, &a->global_batch, pass);
+    if (a->global_batch % pass != 0) {
+        bad_input("--global-batch: %" PRId64 " tokens are no multiple of micro-batch %" PRId64 " × seq-len %" PRId64 " × %d rank%s = %" PRId64, a->global_batch,
+            a->micro_batch, a->seq_len, r->group.size, r->group.size == 1 ? "" : "s", pass);
+    }
+    r->micro_batches = (int)min_of(a->global_batch / pass, (int64_t)INT32_MAX);
+    r->steps = a->steps >= 0 ? a->steps : loader_tokens(&r->train) / a->global_batch;
+    if (a->steps < 0 && r->steps == 0) {
+        bad_input("--global-batch: %" PRId64 " tokens are more than the %" PRId64 " of an epoch; give --steps N, or smaller batches", a->global_batch,
+            loader_tokens(&r->train));
+    }
+    r->warmup = a->warmup >= 0 ? a->warmup : min_of((int64_t)1000, r->steps / 10);
+    if (r->warmup > r->steps && r->steps > 0) { bad_input("--warmup: %" PRId64 " is more than the %" PRId64 " steps", r->warmup, r->steps); }
+}
+
+// The dense peak of the device's matrix units for this recipe, in FLOP/s; 0: not known
+static void resolve_peak(Run* r) {
+    char name[128];
+    device_name(name, sizeof(name));
+    const struct { const char* name; double bf16, fp8; } known[] = {{"H100", 989e12, 1979e12}, {"H200", 989e12, 1979e12}, {"B200", 2250e12, 4500e12},
+        {"L40S", 362e12, 733e12}, {"A100", 312e12, 312e12}};
+    r->peak_name = "unknown for this device";
+    for (auto& k : known) {
+        if (!device_is_gpu || strstr(name, k.name) == NULL || r->config.act == FP32) { continue; }
+        r->peak_flops = r->config.fp8 ? k.fp8 : k.bf16;
+        r->peak_name = r->config.fp8 ? "dense FP8" : "dense BF16";
+    }
+    const GptConfig* c = &r->config;
+    double C = c->width;
+    r->flops_per_token = 6.0 * (12.0 * c->layers * C * C + (double)c->vocab * C) + 12.0 * c->layers * C * c->T;
+}
+
+// name=value lines of everything that must be the same on all ranks
+static void settings_text(const Run* r, char* text, size_t size) {
+    size_t n = 0;
+    for (int i = 0; i < r->table.options.count; i++) {
+        const Option* o = &r->table.options.items[i];
+        if (o->type == OPTION_GROUP) { continue; }
+        char value[320];
+        option_value_text(value, sizeof(value), o);
+        n += (size_t)snprintf(text + n, n < size ? size - n : 0, "%s=%s\n", o->name, value);
+        if (n >= size) { die("the settings take more than %zu bytes", size); }
+    }
+}
+
+// ---- what people see ----
+
+constexpr int MAX_ROWS = 80;
+
+struct Table {
+    LogRow rows[MAX_ROWS];
+    char values[MAX_ROWS][320];
+    int count;
+};
+__attribute__((format(printf, 3, 4))) static void table_add(Table* t, const char* name, const char* fmt, ...) {
+    if (t->count == MAX_ROWS) { die("more than %d rows", MAX_ROWS); }
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(t->values[t->count], sizeof(t->values[0]), fmt, args);
+    va_end(args);
+    t->rows[t->count] = LogRow{name, t->values[t->count]};
+    t->count++;
+}
+
+static void print_settings(const Run* r) {
+    static Table t;
+    t.count = 0;
+    const GptConfig* c = &r->config;
+    char device[128], transport[128];
+    device_name(device, sizeof(device));
+    group_describe(&r->group, transport, sizeof(transport));
+    for (int i = 0; i < r->table.options.count; i++) {
+        const Option* o = &r->table.options.items[i];
+        if (o->type == OPTION_GROUP) { t.rows[t.count] = LogRow{o->name, NULL}; t.count++; continue; }
+        char value[320];
+        option_value_text(value, sizeof(value), o);
+        if (o->value == &r->args.vocab) { snprintf(value, sizeof(value), "%d, padded to %d", c->vocab, c->padded_vocab); }
+        if (o->value == &r->args.steps) { snprintf(value, sizeof(value), "%" PRId64, r->steps); }
+        if (o->value == &r->args.warmup) { snprintf(value, sizeof(value), "%" PRId64, r->warmup); }
+        table_add(&t, o->name, "%s", value);
+    }
+    t.rows[t.count++] = LogRow{"This run", NULL};
+    table_add(&t, "device", "%s (%s), peak %s", device, device_kind, r->peak_name);
+    table_add(&t, "ranks", "%d, %s", r->group.size, transport);
+#ifdef _OPENMP
+    table_add(&t, "threads a rank", "%d", omp_get_max_threads());
+#endif
+    table_add(&t, "parameters", "%s", text_count((double)params_total(&r->model.params)).s);
+    table_add(&t, "data", "%s tokens an epoch (%s), %.2f epochs", text_count((double)loader_tokens(&r->train)).s, loader_kind_name(&r->train),
+              (double)r->steps * (double)r->args.global_batch / (double)loader_tokens(&r->train));
+    table_add(&t, "micro-batches a rank", "%d", r->micro_batches);
+    log_table(stdout, "settings", t.rows, t.count);
+    MemoryRow rows[MEMORY_CATEGORIES];
+    for (int i = 0; i < MEMORY_CATEGORIES; i++) { rows[i] = MemoryRow{memory_names[i], (int64_t)r->memory.bytes[i]}; }
+    log_memory_table(stdout, "memory of a rank, as allocated", rows, MEMORY_CATEGORIES);
+}
+
+static void add_int(json_object* o, const char* name, int64_t v) { json_object_object_add(o, name, json_object_new_int64(v)); }
+static void add_double(json_object* o, const char* name, double v) { json_object_object_add(o, name, json_object_new_double(v)); }
+static void add_string(json_object* o, const char* name, const char* v) { json_object_object_add(o, name, json_object_new_string(v)); }
+
+static void log_settings(Run* r) {
+    json_object* config = json_object_new_object();
+    for (int i = 0; i < r->table.options.count; i++) {
+        const Option* o = &r->table.options.items[i];
+        if (o->type == OPTION_GROUP) { continue; }
+        char value[320];
+        option_value_text(value, sizeof(value), o);
+        if (o->type == OPTION_INT) { add_int(config, o->name, *(const int64_t*)o->value); }
+        else if (o->type == OPTION_DOUBLE) { add_double(config, o->name, *(const double*)o->value); }
+        else if (o->type == OPTION_FLAG) { json_object_object_add(config, o->name, json_object_new_boolean(*(const bool*)o->value)); }
+        else { add_string(config, o->name, value); }
+    }
+    add_int(config, "vocab", r->config.vocab);
+    add_int(config, "steps", r->steps);
+    add_int(config, "warmup", r->warmup);
+    add_int(config, "ranks", r->group.size);
+    add_int(config, "parameters", params_total(&r->model.params));
+    add_string(config, "device", device_kind);
+    json_object* line = json_object_new_object();
+    json_object_object_add(line, "config", config);
+    log_line(&r->log, line);
+}
+
+static void show_step(Run* r, int64_t step, const StepRecord* record, double lr, double seconds, const uint64_t* sent) {
+    if (r->group.rank != 0) { return; }
+    double tokens_per_second = (double)r->args.global_batch / seconds;
+    double mfu = r->peak_flops > 0.0 ? tokens_per_second * r->flops_per_token / (r->peak_flops * r->group.size) : NAN;
+    step_clock_add(&r->clock, 1e3 * seconds);
+    StepLine line = {step + 1, r->steps, record->loss, record->grad_norm, lr, 1e3 * seconds, tokens_per_second, mfu,
+        step_clock_eta(&r->clock, r->steps - step - 1), skip_names[record->skipped]};
+    console_step(&r->console, &line);
+    json_object* o = json_object_new_object();
+    add_int(o, "step", step + 1);
+    add_double(o, "loss", record->loss);
+    add_double(o, "grad_norm", record->grad_norm);
+    add_double(o, "lr", lr);
+    add_int(o, "tokens", (step + 1) * r->args.global_batch);
+    add_double(o, "ms", 1e3 * seconds);
+    add_double(o, "tok_s", tokens_per_second);
+    add_double(o, "mfu", mfu);
+    json_object* mem = json_object_new_object();
+    for (int i = 0; i < MEMORY_CATEGORIES; i++) { add_int(mem, memory_names[i], (int64_t)r->memory.bytes[i]); }
+    json_object_object_add(o, "mem", mem);
+    json_object* comm = json_object_new_object();
+    for (int i = 0; i < COMM_OPERATIONS; i++) {
+        if (sent[i] > 0) { add_int(comm, comm_names[i], (int64_t)sent[i]); }
+    }
+    json_object_object_add(o, "comm", comm);
+    if (record->skipped != NOT_SKIPPED) { add_string(o, "skipped", skip_names[record->skipped]); }
+    else { json_object_object_add(o, "skipped", NULL); }
+    log_line(&r->log, o);
+}
+
+static void validate(Run* r, int64_t step) {
+    double loss = evaluate(&r->model, &r->group, &r->val, &r->batch, r->args.val_batches);
+    if (r->group.rank != 0) { return; }
+    console_print(&r->console, "step %" PRId64 "/%" PRId64 " | val loss %.4f", step, r->steps, loss);
+    json_object* o = json_object_new_object();
+    add_int(o, "step", step);
+    add_double(o, "val_loss", loss);
+    log_line(&r->log, o);
+}
+
+// Where a sample starts: a line's end in text, <|endoftext|> in GPT-2's vocabulary, else token 0
+static int first_token(const Run* r) { return r->train.kind == LOADER_TEXT ? '\n' : r->config.vocab == 50257 ? 50256 : 0; }
+
+static void show_sample(Run* r, int64_t step) {
+    if (r->group.rank != 0) { return; }
+    int length = (int)r->args.sample_len + 1, *tokens = (int*)host_alloc((size_t)length * sizeof(int));
+    tokens[0] = min_of(first_token(r), r->config.vocab - 1);
+    generate(&r->model, tokens, length, r->config.seed + (uint64_t)step);
+    console_print(&r->console, "step %" PRId64 "/%" PRId64 " | sample of %d tokens:", step, r->steps, length - 1);
+    for (int i = 1; i < length; i++) {
+        if (r->train.kind != LOADER_TEXT) { printf("%d ", tokens[i]); }
+        else if (tokens[i] == '\n' || (tokens[i] >= 32 && tokens[i] < 127)) { putchar(tokens[i]); }
+        else { putchar('?'); }  // a byte of its own is no character, and may be a command to the terminal
+    }
+    printf("\n");
+    fflush(stdout);
+    free(tokens);
+}
+
+// ---- main ----
+
+static void setup(Run* r, int argc, char** argv) {
+    option_table(&r->table, &r->args);
+    parse_options(&r->table.options, argc, argv);
+    r->world = world_init(&argc, &argv);
+    world_select_device(&r->world);
+#ifdef _OPENMP
+    omp_set_num_threads(threads_per_rank(&r->world));
+#endif
+    r->group = group_world(&r->world, r->args.staged);
+    static char text[16384];
+    settings_text(r, text, sizeof(text));
+    require_same_everywhere(&r->group, "flags", text);
+    resolve_model(r);
+    open_data(r);
+    resolve_batch(r);
+    if (r->group.rank == 0) { make_directory("--output-dir", r->args.output_dir); }
+    barrier(&r->group);
+    model_create(&r->model, &r->config, &r->group, &r->memory, r->world.ranks_per_device);
+    model_set_weights(&r->model, r->has_file ? &r->file : NULL);
+    if (r->has_file) { llmc_close(&r->file); }
+    resolve_peak(r);
+    r->batch = host_batch_create(rows_of(&r->model));
+    r->log = no_log();
+    if (r->group.rank == 0) {
+        r->log = log_open("--output-dir", r->args.output_dir, false);
+        print_settings(r);
+        log_settings(r);
+    }
+    r->console = console_open(stdout, 100);
+}
+
+static void train(Run* r) {
+    const Args* a = &r->args;
+    Model* m = &r->model;
+    StepSettings settings = {};
+    settings.micro_batches = r->micro_batches;
+    settings.rules = DecisionRules{a->beta1, a->beta2, (float)a->clip, (float)a->skip_loss_z, (float)a->skip_grad_z};
+    settings.weight_decay = (float)a->weight_decay;
+    float weight = (float)(1.0 / (double)a->global_batch);
+    double profile_start = 0.0;
+    struct { bool waiting; int64_t step; double lr, start; uint64_t sent[COMM_OPERATIONS]; } last = {};
+    auto show_last = [&]() {  // reads the record of the step before; its time runs to the moment its record is there
+        if (!last.waiting) { return; }
+        StepRecord record = read_record(m);
+        show_step(r, last.step, &record, last.lr, wall_seconds() - last.start, last.sent);
+        last.waiting = false;
+    };
+    for (int64_t step = 0;; step++) {
+        bool end = step == r->steps;
+        bool pause = (r->has_val && (step % a->val_every == 0 || end)) || (a->sample_every > 0 && ((step > 0 && step % a->sample_every == 0) || end));
+        if (pause || end) { show_last(); }
+        if (r->has_val && (step % a->val_every == 0 || end)) { validate(r, step); }
+        if (a->sample_every > 0 && ((step > 0 && step % a->sample_every == 0) || end)) { show_sample(r, step); }
+        if (end) { break; }
+        double start = wall_seconds(), lr = learning_rate(a->schedule, a->lr, a->min_lr_frac, r->warmup, step, r->steps);
+        if (a->overfit_batch) { loader_rewind(&r->train); }
+        memset(r->group.bytes_sent, 0, sizeof(r->group.bytes_sent));
+        for (int k = 0; k < r->micro_batches; k++) {
+            loader_next(&r->train, r->batch.tokens, r->batch.targets);
+            micro_step(m, &r->batch, k, weight);
+        }
+        settings.rates = AdamRates{(float)lr, (float)a->beta1, (float)a->beta2, (float)a->eps, 0.0f};
+        if (device_is_gpu) { show_last(); }  // the device is busy with this step meanwhile
+        finish_step(m, &r->group, &settings, weight);
+        last.waiting = true;
+        last.step = step;
+        last.lr = lr;
+        last.start = start;
+        memcpy(last.sent, r->group.bytes_sent, sizeof(last.sent));
+        if (!device_is_gpu) { show_last(); }
+        if (step == 0 && a->profile) {  // the first step warms up
+            profiler.on = m->matmul.timing = true;
+            profile_start = wall_seconds();
+        }
+    }
+    if (a->profile && r->group.rank == 0 && r->steps > 1) {
+        profile_report(stdout, wall_seconds() - profile_start, (int)(r->steps - 1));
+        matmul_report(&m->matmul, stdout);
+    }
+}
+
+static void teardown(Run* r) {
+    console_end_line(&r->console);
+    model_free(&r->model, &r->memory);
+    host_batch_free(&r->batch);
+    loader_close(&r->train);
+    if (r->has_val) { loader_close(&r->val); }
+    log_close(&r->log);
+    group_free(&r->group);
+    world_finalize(&r->world);
+}
+
+#ifndef TESTING
+int main(int argc, char** argv) {
+    static Run run;
+    setup(&run, argc, argv);
+    train(&run);
+    teardown(&run);
+    return 0;
+}
+#endif
