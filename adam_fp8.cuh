@@ -242,7 +242,7 @@ static inline void optimizer_allocate(Optimizer* o, const ParamTable* table, boo
     o->weight_amax = memory_take<uint32_t>(memory, OPTIMIZER, 1);
 }
 
-// Empty moments, no steps applied
+// Empty moments, no steps applied; the gaps between tensors in the flat arrays are zero and stay so
 static inline void optimizer_reset(Optimizer* o, const ParamTable* table, Stream s) {
     OptimizerState state = {};
     state.beta1_power = state.beta2_power = 1.0;
@@ -251,6 +251,7 @@ static inline void optimizer_reset(Optimizer* o, const ParamTable* table, Stream
     for (int i = 0; i < table->count; i++) { first[i + 1] = first[i] + pieces_of(param_elements(&table->items[i])); }
     copy_to_device(o->state, &state, sizeof(state), s);
     copy_to_device(o->first_piece, first, ((size_t)table->count + 1) * sizeof(int64_t), s);
+    device_zero(o->master, table->elements * sizeof(float), s);
     device_zero(o->m, table->elements * sizeof(float), s);
     device_zero(o->v, table->elements * sizeof(float), s);
     device_zero(o->weight_amax, sizeof(uint32_t), s);

@@ -1,8 +1,10 @@
-// comm.cuh: how the ranks of a training run share the work: who does what, the reduction of gradients, and the check that all were started alike.
+// comm.cuh: how the ranks of a training run share the work: who does what, the reduction of gradients, and the check that all were
+// started alike.
 //
-// The world is data parallel: every rank holds the whole model and takes its own sequences. After the backward pass the gradients are summed over the
-// ranks in buckets. A bucket is a stretch of the gradient array, the tensors of one layer; the last layer's gradients are ready first, so buckets are
-// reduced from the last to the first. The sum is not divided by anything: whoever computes the loss or applies the update folds the averaging in.
+// The world is data parallel: every rank holds the whole model and takes its own sequences. After the backward pass the gradients are
+// summed over the ranks in buckets. A bucket is a stretch of the gradient array, the tensors of one layer; the last layer's gradients are
+// ready first, so buckets are reduced from the last to the first. The sum is not divided by anything: whoever computes the loss or
+// applies the update folds the averaging in.
 #pragma once
 #include "core/collectives.cuh"
 
@@ -41,8 +43,8 @@ static inline void first_difference(const char** a, const char** b) {
     }
 }
 
-// All ranks call this with the text of what they are to do, a line `name=value` each: refuses, naming the first rank and line that differ from rank 0.
-// `what`: what the text is of, "flags".
+// All ranks call this with the text of what they are to do, a line `name=value` each: refuses, naming the first rank and line that differ
+// from rank 0. `what`: what the text is of, "flags".
 static inline void require_same_everywhere(Group* g, const char* what, const char* text) {
     uint64_t mine = strlen(text), longest = 0;
     uint64_t* lengths = (uint64_t*)host_alloc(sizeof(uint64_t) * (size_t)g->size);
@@ -63,8 +65,8 @@ static inline void require_same_everywhere(Group* g, const char* what, const cha
         const char* ended = "nothing more";
         if (*first == '\0') { first = ended; }
         if (*other == '\0') { other = ended; }
-        bad_input("rank %d was started with %.*s, rank 0 with %.*s; all ranks need the same %s", r, (int)min_of(line_length(other), (size_t)200), other,
-            (int)min_of(line_length(first), (size_t)200), first, what);
+        int a = (int)min_of(line_length(other), (size_t)200), b = (int)min_of(line_length(first), (size_t)200);
+        bad_input("rank %d was started with %.*s, rank 0 with %.*s; all ranks need the same %s", r, a, other, b, first, what);
     }
     free(padded);
     free(all);
@@ -82,7 +84,8 @@ static inline void check_buckets(const Bucket* buckets, int n, size_t elements) 
     size_t at = 0;
     for (int i = 0; i < n; i++) {
         if (buckets[i].first != at) {
-            die("gradient bucket %d (%s) begins at element %zu, not where the last one ends, at %zu", i, buckets[i].name, buckets[i].first, at);
+            die("gradient bucket %d (%s) begins at element %zu, not where the last one ends, at %zu", i, buckets[i].name, buckets[i].first,
+                at);
         }
         at += buckets[i].count;
     }

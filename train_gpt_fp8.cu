@@ -22,6 +22,7 @@
 #include "core/options.h"        // the option table
 #include "core/params.h"         // the table of parameters
 #include <algorithm>
+#include <signal.h>
 
 // ---- settings ----
 
@@ -59,7 +60,7 @@ struct Args {
 
 // "first:1,last:2"
 static const char* parse_bf16_layers(void* value, const char* text) {
-    static const char* const allowed = "first:N, last:M, or first:N,last:M with N and M 0 or more";
+    static const char* const allowed = "allowed: first:N, last:M, or first:N,last:M with N and M 0 or more";
     Bf16Layers layers = {0, 0};
     while (*text != '\0') {
         int* which = strncmp(text, "first:", 6) == 0 ? &layers.first : strncmp(text, "last:", 5) == 0 ? &layers.last : NULL;
@@ -82,7 +83,7 @@ static void print_bf16_layers(char* text, size_t size, const void* value) {
     snprintf(text, size, "first:%d,last:%d", l->first, l->last);
 }
 static const char* parse_yes_no(void* value, const char* text) {
-    if (strcmp(text, "yes") != 0 && strcmp(text, "no") != 0) { return "yes or no"; }
+    if (strcmp(text, "yes") != 0 && strcmp(text, "no") != 0) { return "allowed: yes, no"; }
     *(bool*)value = strcmp(text, "yes") == 0;
     return NULL;
 }
@@ -257,8 +258,7 @@ struct Model {
     void* narrow;                // (B, T, C) attention's output; final LayerNorm's output; gradients of LayerNorm and attention outputs
     void* delta;                 // (B, T, C) what a block adds to the residual stream; gradient of the final LayerNorm's output
     void* dresidual;             // (B, T, C) gradient of the residual stream
-    void* wide;                  // (B, T, 4C) gradients inside a block
-    void* raw;                   // (B, T, 4C) of a tensor before its just-in-time scale is known
+    void* wide;                  // (B, T, 4C) gradients inside a block; a tensor before its just-in-time scale is known
     Tensor dy;                   // (B, T, 4C) FP8 output gradient
     float* partial;              // sums by column and strip
     void* logits;                // (head_rows, padded_vocab)
@@ -504,7 +504,6 @@ static void model_allocate(Model* m, Group* group, Memory* memory) {
     m->delta = memory_take(memory, WORKSPACE, rows * C, act);
     m->dresidual = memory_take(memory, WORKSPACE, rows * C, act);
     m->wide = memory_take(memory, WORKSPACE, rows * 4 * C, act);
-    m->raw = memory_take(memory, WORKSPACE, c->fp8 ? rows * 4 * C : 0, act);
     m->dy = take_tensor(memory, WORKSPACE, c->fp8 ? c->fp8_bwd : c->act, c->fp8 ? rows * 4 * C : 0, &slots);
     m->partial = memory_take<float>(memory, WORKSPACE, (size_t)strips_of((int)rows) * 4 * C);
     size_t most = max_of(LOGITS_BYTES / ((size_t)c->padded_vocab * act), (size_t)1), chunks = ceil_div(rows, most);
@@ -532,7 +531,8 @@ static void model_allocate(Model* m, Group* group, Memory* memory) {
     group_set_buffer(group, memory_take(memory, COMMUNICATION, group_buffer_bytes(group), 1));
 }
 
-static void model_create(Model* m, const GptConfig* config, Group* group, Memory* memory, int processes_on_device) {
+// Everything about a model but its memory, which is only counted
+static void model_plan(Model* m, const GptConfig* config, Group* group, Memory* memory) {
     *m = Model{};
     m->config = *config;
     m->layers = (Layer*)host_alloc((size_t)config->layers * sizeof(Layer));
@@ -543,7 +543,12 @@ static void model_create(Model* m, const GptConfig* config, Group* group, Memory
     m->stream = stream_create();
     matmul_create(&m->matmul);
     model_allocate(m, group, memory);
-    memory_commit(memory, processes_on_device);
+}
+
+// Takes the planned memory, and sets all state that is not weights to what it is before the first step
+static void model_commit(Model* m, Group* group, Memory* memory) {
+    const GptConfig* config = &m->config;
+    memory_commit(memory);
     model_allocate(m, group, memory);
     memory_check(memory);
     optimizer_reset(&m->optimizer, &m->params, m->stream);
@@ -635,7 +640,7 @@ static void gelu_forward(Model* m, int l, Quantisation q, int rows) {
     ProfileScope scope("gelu forward");
     Layer* y = &m->layers[l];
     const void* fc = y->fc;
-    produce(y->x_fcproj, NULL, [=](auto t) { typedef typename decltype(t)::type T; return GeluSource<T>{(const T*)fc}; }, m->config.act, q, m->raw,
+    produce(y->x_fcproj, NULL, [=](auto t) { typedef typename decltype(t)::type T; return GeluSource<T>{(const T*)fc}; }, m->config.act, q, m->wide,
             rows, 4 * m->config.width, m->stream);
 }
 
@@ -645,7 +650,7 @@ static void layernorm_again(Model* m, Tensor out, LayerNormInputs in, Quantisati
     produce(out, NULL, [=](auto t) {
         typedef typename decltype(t)::type T;
         return LayerNormSource<T>{(const T*)in.x, in.mean, in.rstd, (const T*)in.gain, (const T*)in.bias};
-    }, m->config.act, recomputed(q), m->raw, rows, m->config.width, m->stream);
+    }, m->config.act, recomputed(q), m->wide, rows, m->config.width, m->stream);
 }
 
 // A tensor (rows, C) that is there already as a matmul input: quantised into out, or as it is. `partial`: sums by column, NULL = not wanted
@@ -673,13 +678,13 @@ static void forward(Model* m, int B, Purpose purpose) {
     const void* delta = NULL;
     for (int l = 0; l < c->layers; l++) {
         Layer* y = &m->layers[l];
-        layernorm_forward(y->x_qkv, layernorm_1(y, x, delta), c->act, site_of(m, l, X_QKV, purpose), m->raw, rows, C, s);
+        layernorm_forward(y->x_qkv, layernorm_1(y, x, delta), c->act, site_of(m, l, X_QKV, purpose), m->wide, rows, C, s);
         linear_forward(m, y->qkv, y->x_qkv, y->qkvw, y->qkvb, rows);
         void* out = y->fp8 ? m->narrow : y->x_proj.data;
         attention_forward(&m->attention, &m->matmul, out, y->lse, y->qkv, B, s);
         if (y->fp8) { matmul_input(m, y->x_proj, NULL, out, site_of(m, l, X_PROJ, purpose), rows, C, true); }
         linear_forward(m, m->delta, y->x_proj, y->projw, y->projb, rows);
-        layernorm_forward(y->x_fc, layernorm_2(y, y->residual, m->delta), c->act, site_of(m, l, X_FC, purpose), m->raw, rows, C, s);
+        layernorm_forward(y->x_fc, layernorm_2(y, y->residual, m->delta), c->act, site_of(m, l, X_FC, purpose), m->wide, rows, C, s);
         linear_forward(m, y->fc, y->x_fc, y->fcw, y->fcb, rows);
         gelu_forward(m, l, site_of(m, l, X_FCPROJ, purpose), rows);
         linear_forward(m, m->delta, y->x_fcproj, y->fcprojw, y->fcprojb, rows);
@@ -752,7 +757,7 @@ static void backward(Model* m, int B, bool accumulate) {
             ProfileScope scope("gelu backward");
             const void *dgelu = m->wide, *fc = y->fc;
             produce(dfc, m->partial, [=](auto t) { typedef typename decltype(t)::type T; return GeluGradSource<T>{(const T*)dgelu, (const T*)fc}; }, c->act,
-                    site_of(m, l, DY_FC, TRAIN), m->raw, rows, 4 * C, s);
+                    site_of(m, l, DY_FC, TRAIN), m->wide, rows, 4 * C, s);
             finish_columns(grad_of(m, y->fcb), m->partial, strips_of(rows), 4 * C, accumulate, s);
         }
         if (c->recompute >= 2) { layernorm_again(m, y->x_fc, ln2, site_of(m, l, X_FC, TRAIN), rows); }
@@ -961,6 +966,8 @@ static double learning_rate(Schedule schedule, double lr, double floor, int64_t 
 
 // ---- the run ----
 
+constexpr int64_t NOT_FINITE_FAILS = 10;  // a run that ends on so many skipped steps has failed
+
 struct Run {
     Args args;
     OptionTable table;
@@ -978,6 +985,8 @@ struct Run {
     StepClock clock;
     int micro_batches;           // of each rank in a step
     int64_t steps, warmup;
+    int64_t skipped, not_finite;  // steps so far; those of them for a loss or gradient that was not finite
+    int64_t not_finite_in_a_row;  // up to now
     double flops_per_token, peak_flops;
     const char* peak_name;
 };
@@ -999,7 +1008,7 @@ static void resolve_model(Run* r) {
         set_default(o, &a->position, preset->position);
     } else if (init != NULL) {
         if (!is_file(init)) {
-            bad_input("--init: '%s' is neither a preset (d12, gpt2:d6 to gpt2:d84, gpt3:c384 to gpt3:c12288, gpt3:125m, gpt3:7b, gpt3:13b, gpt3:175b) nor "
+            bad_input("--init: %s is neither a preset (d12, gpt2:d6 to gpt2:d84, gpt3:c384 to gpt3:c12288, gpt3:125m, gpt3:7b, gpt3:13b, gpt3:175b) nor "
                 "a file", quoted(init).text);
         }
         r->file = llmc_open("--init", init);
@@ -1083,12 +1092,11 @@ static DataLoaderConfig loader_config(const Run* r, const char* flag, const char
 static void open_data(Run* r) {
     Args* a = &r->args;
     if (a->train_data == NULL) { bad_input("--train-data is missing: token shards or a text file to train on"); }
-    bool validates = a->val_every > 0 && a->val_batches > 0;
     bool split = a->val_data == NULL && a->val_split > 0.0;
     if (a->val_data != NULL && a->val_split > 0.0) { bad_input("--val-split: %g was given together with --val-data; give one of them", a->val_split); }
     DataLoaderConfig train = loader_config(r, "--train-data", a->train_data, split ? LOADER_TRAIN : LOADER_ALL);
     loader_open(&r->train, &train);
-    r->has_val = validates && (a->val_data != NULL || split);
+    r->has_val = a->val_data != NULL || split;  // its files are checked also where nothing will read them
     if (r->has_val) {
         DataLoaderConfig val = split ? loader_config(r, "--train-data", a->train_data, LOADER_VAL) : loader_config(r, "--val-data", a->val_data, LOADER_ALL);
         val.shuffle = false;
@@ -1230,6 +1238,10 @@ static void log_settings(Run* r) {
 }
 
 static void show_step(Run* r, int64_t step, const StepRecord* record, double lr, double seconds, const uint64_t* sent) {
+    bool not_finite = record->skipped == SKIP_NON_FINITE_LOSS || record->skipped == SKIP_NON_FINITE_NORM;
+    r->skipped += record->skipped != NOT_SKIPPED;
+    r->not_finite += not_finite;
+    r->not_finite_in_a_row = not_finite ? r->not_finite_in_a_row + 1 : 0;
     if (r->group.rank != 0) { return; }
     double tokens_per_second = (double)r->args.global_batch / seconds;
     double mfu = r->peak_flops > 0.0 ? tokens_per_second * r->flops_per_token / (r->peak_flops * r->group.size) : NAN;
@@ -1305,9 +1317,11 @@ static void setup(Run* r, int argc, char** argv) {
     resolve_model(r);
     open_data(r);
     resolve_batch(r);
+    model_plan(&r->model, &r->config, &r->group, &r->memory);
+    memory_require(&r->memory, r->world.ranks_per_device);
     if (r->group.rank == 0) { make_directory("--output-dir", r->args.output_dir); }
     barrier(&r->group);
-    model_create(&r->model, &r->config, &r->group, &r->memory, r->world.ranks_per_device);
+    model_commit(&r->model, &r->group, &r->memory);
     model_set_weights(&r->model, r->has_file ? &r->file : NULL);
     if (r->has_file) { llmc_close(&r->file); }
     resolve_peak(r);
@@ -1339,10 +1353,11 @@ static void train(Run* r) {
     };
     for (int64_t step = 0;; step++) {
         bool end = step == r->steps;
-        bool pause = (r->has_val && (step % a->val_every == 0 || end)) || (a->sample_every > 0 && ((step > 0 && step % a->sample_every == 0) || end));
-        if (pause || end) { show_last(); }
-        if (r->has_val && (step % a->val_every == 0 || end)) { validate(r, step); }
-        if (a->sample_every > 0 && ((step > 0 && step % a->sample_every == 0) || end)) { show_sample(r, step); }
+        bool validates = r->has_val && a->val_batches > 0 && a->val_every > 0 && (step % a->val_every == 0 || end);
+        bool samples = a->sample_every > 0 && ((step > 0 && step % a->sample_every == 0) || end);
+        if (validates || samples || end) { show_last(); }
+        if (validates) { validate(r, step); }
+        if (samples) { show_sample(r, step); }
         if (end) { break; }
         double start = wall_seconds(), lr = learning_rate(a->schedule, a->lr, a->min_lr_frac, r->warmup, step, r->steps);
         if (a->overfit_batch) { loader_rewind(&r->train); }
@@ -1365,6 +1380,14 @@ static void train(Run* r) {
             profile_start = wall_seconds();
         }
     }
+    if (r->skipped > 0 && r->group.rank == 0) {
+        console_print(&r->console, "%" PRId64 " of %" PRId64 " steps were skipped, %" PRId64 " of them for a loss or gradient that was not finite", r->skipped,
+                      r->steps, r->not_finite);
+    }
+    if (r->not_finite_in_a_row >= min_of(r->steps, NOT_FINITE_FAILS) && r->steps > 0) {
+        die("the last %" PRId64 " steps had no finite loss or gradient: the model no longer trains; a lower --lr, a longer --warmup or --clip may keep it whole",
+            r->not_finite_in_a_row);
+    }
     if (a->profile && r->group.rank == 0 && r->steps > 1) {
         profile_report(stdout, wall_seconds() - profile_start, (int)(r->steps - 1));
         matmul_report(&m->matmul, stdout);
@@ -1382,12 +1405,15 @@ static void teardown(Run* r) {
     world_finalize(&r->world);
 }
 
-#ifndef TESTING
+#ifdef TESTING
+#define main trainer_main  // tests include this file and bring a main() of their own
+#endif
 int main(int argc, char** argv) {
+    signal(SIGPIPE, SIG_IGN);  // a reader that has gone (| head) ends the output, not the training
     static Run run;
     setup(&run, argc, argv);
     train(&run);
     teardown(&run);
     return 0;
 }
-#endif
+#undef main

@@ -165,9 +165,10 @@ static inline MatmulCall attention_product(void* d, DType d_dtype, int64_t d_ld,
     call.d = d;
     call.d_dtype = d_dtype;
     call.d_ld = d_ld;
-    call.d_batch_stride = d_stride;
     call.a = a;
     call.b = b;
+    call.d_batch_stride = d_stride;
+    if (heads == 1) { call.a.batch_stride = call.b.batch_stride = call.d_batch_stride = 0; }
     call.m = m;
     call.n = n;
     call.k = k;

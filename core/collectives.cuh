@@ -1,17 +1,19 @@
 // collectives.cuh: what processes do together: one interface, two backends.
 //
-// NCCL carries device memory where every rank has a GPU to itself. MPI carries everything else: the CPU build's arrays directly, a GPU's arrays staged
-// through pinned host memory (so that two ranks may share a GPU), and what lives on the host in any build. A program that was not started by an MPI
-// launcher, or was built without MPI, is one process: then nothing here sends anything, and MPI, whose start costs 0.3 s, is not touched.
+// NCCL carries device memory where every rank has a GPU to itself. MPI carries everything else: the CPU build's arrays directly, a GPU's
+// arrays staged through pinned host memory (so that two ranks may share a GPU), and what lives on the host in any build. A program that
+// was not started by an MPI launcher, or was built without MPI, is one process: then nothing here sends anything, and MPI, whose start
+// costs 0.3 s, is not touched.
 //
-// Sums are in FP32 in the order of the ranks, ((r0 + r1) + r2) + …, whatever the version of MPI and wherever an array is cut: the n elements are cut
-// into one part a rank, every rank sends each part to its owner, the owner adds what it receives in the order of the ranks, and sends the result to
-// all. It goes in chunks through one pipeline, so that a chunk is added while the next arrives, and sent on while it is in the cache:
+// Sums are in FP32 in the order of the ranks, ((r0 + r1) + r2) + …, whatever the version of MPI and wherever an array is cut: the n
+// elements are cut into one part a rank, every rank sends each part to its owner, the owner adds what it receives in the order of the
+// ranks, and sends the result to all. It goes in chunks through one pipeline, so that a chunk is added while the next arrives, and sent
+// on while it is in the cache:
 //
 //     step c:  start the exchange of chunk c+1 | wait for chunk c | add | start sending its sums
 //
-// A rank sends n·4 - own + own·(R-1) bytes, own being its part's: 2·4n·(R-1)/R if R divides n, as a ring does. NCCL sums in an order of its own; in
-// both every rank ends with the same bytes.
+// A rank sends n·4 - own + own·(R-1) bytes, own being its part's: 2·4n·(R-1)/R if R divides n, as a ring does. NCCL sums in an order of
+// its own; in both every rank ends with the same bytes.
 //
 //     World world = world_init(&argc, &argv);
 //     world_select_device(&world);
@@ -51,9 +53,11 @@ enum Transport { ALONE, OVER_MPI, OVER_MPI_STAGED, OVER_NCCL };
 
 enum CommOperation { ALL_REDUCE_SUM, ALL_REDUCE_MAX, BROADCAST, HOST_ALL_REDUCE_SUM, HOST_ALL_GATHER, COMM_OPERATIONS };
 
-static const char* const comm_names[COMM_OPERATIONS] = {"all_reduce_sum", "all_reduce_max", "broadcast", "host_all_reduce_sum", "host_all_gather"};
+static const char* const comm_names[COMM_OPERATIONS] = {
+    "all_reduce_sum", "all_reduce_max", "broadcast", "host_all_reduce_sum", "host_all_gather"
+};
 
-constexpr size_t COMM_CHUNK_BYTES = 1024 * 1024;            // of one message; with less, ranks that share cores wait for each other too often
+constexpr size_t COMM_CHUNK_BYTES = 1024 * 1024;            // of one message; smaller: ranks that share cores wait more often
 constexpr size_t COMM_BUFFER_BYTES = 16 * 1024 * 1024;      // with many ranks the chunks get smaller, down to 4 KiB
 constexpr size_t COMM_BROADCAST_BYTES = 16 * 1024 * 1024;   // a broadcast is cut into these: MPI counts with int
 constexpr size_t COMM_STAGING_BYTES = 16 * 1024 * 1024;     // pinned, of a group that is staged
@@ -109,7 +113,7 @@ static inline void mpi_check(int code, const char* call, const char* file, int l
     int length = 0, kind = MPI_ERR_OTHER;
     MPI_Error_string(code, text, &length);
     MPI_Error_class(code, &kind);
-    const char* hint = kind == MPI_ERR_TRUNCATE ? "the ranks disagree about a size: were all started from the same binary with the same flags?"
+    const char* hint = kind == MPI_ERR_TRUNCATE ? "the ranks disagree about a size: were all started with the same binary and flags?"
         : kind == MPI_ERR_NO_MEM ? "the node is out of memory, or /dev/shm is full"
         : "another rank has probably ended: look for its message first";
     die("%s:%d: %s: %s; hint: %s", file, line, call, text, hint);
@@ -134,8 +138,9 @@ static inline void mpi_describe(char* out, size_t size) {
 static inline void mpi_abort(int code) { MPI_Abort(MPI_COMM_WORLD, code); }
 
 static inline void world_start_mpi(World* w, int* argc, char*** argv, int launched) {
-    // A rank that waits gives its core to whoever can use it. Open MPI does so by itself only when it sees more ranks than cores; it sees no threads and no
-    // other programs, and then an exchange was seen to take 10 times as long. On idle cores it costs nothing that can be measured.
+    // A rank that waits gives its core to whoever can use it. Open MPI does so by itself only when it sees more ranks than cores; it sees
+    // no threads and no other programs, and then an exchange was seen to take 10 times as long. On idle cores it costs nothing that can
+    // be measured.
     setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
     int level = 0;
     MPI_CHECK(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level));
@@ -145,8 +150,8 @@ static inline void world_start_mpi(World* w, int* argc, char*** argv, int launch
     if (launched > 0 && launched != w->size) {
         char name[128];
         mpi_describe(name, sizeof(name));
-        bad_input("the launcher started %d processes, but MPI sees %d: the launcher belongs to another MPI than this binary (%s); use the mpirun of that one, "
-            "or srun --mpi=pmix", launched, w->size, name);
+        bad_input("the launcher started %d processes, but MPI sees %d: the launcher belongs to another MPI than this binary (%s); use the "
+            "mpirun of that one, or srun --mpi=pmix", launched, w->size, name);
     }
     process.rank = w->rank;
     process.abort = mpi_abort;
@@ -183,8 +188,8 @@ static inline World world_init(int* argc, char*** argv) {
 #else
     (void)argc, (void)argv;
     if (launched > 1) {
-        bad_input("the launcher started %d processes, but this binary was built without MPI and can only be one; install an MPI with its mpicc and "
-            "build again", launched);
+        bad_input("the launcher started %d processes, but this binary was built without MPI and can only be one; install an MPI with its "
+            "mpicc and build again", launched);
     }
 #endif
     cpu_set_t set;
@@ -208,7 +213,7 @@ static inline void world_finalize(World* w) {
 static inline void world_select_device(World* w) {
 #ifdef USE_CUDA
     int count = device_count();
-    if (count == 0) { bad_input("no GPU is visible to this process, and this binary was built for GPUs; make DEVICE=cpu builds one for the CPU"); }
+    if (count == 0) { bad_input("no GPU is visible to this process; this binary is for GPUs, make DEVICE=cpu builds one for the CPU"); }
     int device = w->local_rank % count;
     device_select(device);
     char id[32] = "";
@@ -222,7 +227,8 @@ static inline void world_select_device(World* w) {
 #endif
 }
 
-// All ranks. On GPUs `allow_staged` says whether ranks may exchange through host memory where NCCL cannot serve them; otherwise that is refused.
+// All ranks. On GPUs `allow_staged` says whether ranks may exchange through host memory where NCCL cannot serve them; otherwise that is
+// refused.
 static inline Group group_world(const World* w, bool allow_staged) {
     Group g = {};
     g.rank = w->rank;
@@ -271,8 +277,8 @@ static inline Group group_world(const World* w, bool allow_staged) {
     return g;
 }
 
-// Bytes of the COMMUNICATION category that the group works in; asks only for its size and transport, so that a plan may ask for any. Pinned host memory,
-// which a staged group takes itself, is not among them.
+// Bytes of the COMMUNICATION category that the group works in; asks only for its size and transport, so that a plan may ask for any.
+// Pinned host memory, which a staged group takes itself, is not among them.
 static inline size_t group_buffer_bytes(const Group* g) { return g->transport == OVER_MPI ? comm_slots_bytes(g->size) : 0; }
 
 // Before the first all-reduce. The group does not own the buffer.
@@ -312,7 +318,8 @@ static inline void group_describe(const Group* g, char* out, size_t size) {
 #endif
     mpi_describe(library, sizeof(library));
     if (g->transport == OVER_MPI) { snprintf(out, size, "MPI (%s)", library); return; }
-    snprintf(out, size, "MPI (%s) staged through host memory, %d rank%s a GPU", library, g->ranks_per_device, g->ranks_per_device == 1 ? "" : "s");
+    const char* plural = g->ranks_per_device == 1 ? "" : "s";
+    snprintf(out, size, "MPI (%s) staged through host memory, %d rank%s a GPU", library, g->ranks_per_device, plural);
 #else
     (void)g;
 #endif
@@ -421,13 +428,14 @@ template <class Op> static void all_reduce(Group* g, float* data, size_t n, Stre
 }
 
 // what a ring sends, per rank: NCCL does not say what it does
-static inline uint64_t ring_bytes(const Group* g, size_t bytes) { return 2 * (uint64_t)bytes * ((uint64_t)g->size - 1) / (uint64_t)g->size; }
+static inline uint64_t ring_bytes(const Group* g, size_t bytes) { return 2 * bytes * ((uint64_t)g->size - 1) / (uint64_t)g->size; }
 
 #endif
 
 // ---- the interface ----
 
-// data = Σ over the ranks, in place, in device memory; n may be any size. The same bytes on every rank; over MPI added in the order of the ranks.
+// data = Σ over the ranks, in place, in device memory; n may be any size. The same bytes on every rank; over MPI added in the order of
+// the ranks.
 static inline void all_reduce_sum(Group* g, float* data, size_t n, Stream stream) {
     if (g->transport == ALONE) { return; }
 #ifdef NCCL_TRANSPORT
@@ -444,7 +452,8 @@ static inline void all_reduce_sum(Group* g, float* data, size_t n, Stream stream
 #endif
 }
 
-// data = max over the ranks of values that are not negative, in place, in device memory; compared by their bits: NaN wins over inf, inf over the rest.
+// data = max over the ranks of values that are not negative, in place, in device memory; compared by their bits: NaN wins over inf, inf
+// over the rest.
 static inline void all_reduce_max(Group* g, float* data, size_t n, Stream stream) {
     if (g->transport == ALONE) { return; }
 #ifdef NCCL_TRANSPORT

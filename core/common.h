@@ -37,6 +37,7 @@
 struct Process {
     int rank;               // of this process in the world; known from the launcher's environment before MPI is up
     void (*abort)(int code);  // ends every rank; set by the collectives once they are up
+    bool live_line;         // the cursor stands at the end of a line on stdout that is being rewritten
 };
 
 static inline int rank_from_environment(void) {
@@ -48,9 +49,10 @@ static inline int rank_from_environment(void) {
     return 0;
 }
 
-inline Process process = {rank_from_environment(), NULL};
+inline Process process = {rank_from_environment(), NULL, false};
 
 [[noreturn]] static inline void end_process(int code, const char* fmt, va_list args) {
+    if (process.live_line) { fputc('\n', stdout); }
     fflush(stdout);
     char line[2048];
     vsnprintf(line, sizeof(line), fmt, args);

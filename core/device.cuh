@@ -159,8 +159,8 @@ DEVICE float fma_of(float a, float b, float c) {
 // e^x within 2 units in the last place; beyond the float range 0 below and inf above; NaN stays. Cody-Waite reduction and a polynomial: libm's expf
 // does not vectorise, and this one gives the same bits on every device.
 DEVICE float exp_of(float x) {
-    float t = x < -87.0f ? -87.0f : x;
-    t = t > 88.7f ? 88.7f : t;
+    float t = x < -87.33654f ? -87.33654f : x;
+    t = t > 88.72283f ? 88.72283f : t;
     float n = fma_of(t, 1.44269504f, 12582912.0f);  // 1.5 * 2^23: the sum's low bits hold round(x / ln 2)
     int e = (int)(float_to_bits(n) - 0x4b400000u);
     n = n - 12582912.0f;
@@ -195,8 +195,13 @@ template <int N> DEVICE uint32_t magnitude_bits(Vec<N> a) {
     for (int k = 0; k < N; k++) { top = max_of(top, magnitude_bits(a.v[k])); }
     return top;
 }
-// An integer that orders as the float does, NaN above all (if positive); its own inverse on bits
-DEVICE int32_t ordered_bits(int32_t u) { return u ^ ((u >> 31) & 0x7fffffff); }
+// An integer that orders as the float does, NaN above all
+DEVICE int32_t ordered_bits(float x) {
+    int32_t u = (int32_t)float_to_bits(x);
+    u = magnitude_bits(x) > 0x7f800000u ? 0x7fc00000 : u;
+    return u ^ ((u >> 31) & 0x7fffffff);
+}
+DEVICE float from_ordered_bits(int32_t o) { return bits_to_float((uint32_t)(o ^ ((o >> 31) & 0x7fffffff))); }
 
 template <class T, int N> struct alignas(sizeof(T) * N >= 16 ? 16 : sizeof(T) * N) Raw { T e[N]; };
 
@@ -296,8 +301,8 @@ struct CpuTeam {
     template <class F> DEVICE float max(int n, F f) const {
         int32_t top = INT32_MIN;
 #pragma omp simd reduction(max : top)
-        for (int i = 0; i < n; i++) { int32_t a = ordered_bits((int32_t)float_to_bits(f(Range<1>{(size_t)i}).v[0])); top = a > top ? a : top; }
-        return bits_to_float((uint32_t)ordered_bits(top));
+        for (int i = 0; i < n; i++) { int32_t a = ordered_bits(f(Range<1>{(size_t)i}).v[0]); top = a > top ? a : top; }
+        return from_ordered_bits(top);
     }
     // out[c] = Σ over rows r0 … r1-1 of f(r, c), added in the order of the rows; returns max |f| as float bits. For sums by column over a strip of rows.
     template <class F> DEVICE uint32_t columns(float* out, int r0, int r1, int n, F f) const {
@@ -372,7 +377,7 @@ struct GpuTeam {
     template <int N> static GPU int32_t ordered_max(Vec<N> a) {
         int32_t top = INT32_MIN;
         UNROLL
-        for (int k = 0; k < N; k++) { top = max_of(top, ordered_bits((int32_t)float_to_bits(a.v[k]))); }
+        for (int k = 0; k < N; k++) { top = max_of(top, ordered_bits(a.v[k])); }
         return top;
     }
     template <class F> GPU float sum(int n, F f) const {
@@ -395,7 +400,7 @@ struct GpuTeam {
     template <class F> GPU float max(int n, F f) const {
         int32_t top = INT32_MIN;
         each(n, [&](auto c) { top = max_of(top, ordered_max(f(c))); });
-        return bits_to_float((uint32_t)ordered_bits(combine(top, (int32_t)INT32_MIN, Max{})));
+        return from_ordered_bits(combine(top, (int32_t)INT32_MIN, Max{}));
     }
     template <class F> GPU uint32_t columns(float* out, int r0, int r1, int n, F f) const {
         uint32_t top = 0;

@@ -420,7 +420,7 @@ static inline void console_end_line(Console* console) {
     if (!console->pending) { return; }
     fputc('\n', console->file);
     fflush(console->file);
-    console->pending = false;
+    console->pending = process.live_line = false;
 }
 
 // A line of another kind (without its newline), which stays.
@@ -449,5 +449,5 @@ static inline void console_step(Console* console, const StepLine* line) {
     }
     fprintf(console->file, "%s%s%s%s", console->live ? "\r" : "", text, console->live ? "\033[K" : "", keep ? "\n" : "");
     fflush(console->file);
-    console->pending = !keep;
+    console->pending = process.live_line = !keep;
 }

@@ -7,17 +7,18 @@
 //     dX (tokens, in)  = dY (tokens, out)    · W
 //     dW (out, in)    += dYᵀ                 · X:  A is dY (tokens, out), transposed
 //
-// A call is described by a MatmulCall. The description without its pointers is a shape, and what a shape needs (library descriptors, compiled
-// kernels, the division of the workspace) is worked out once and kept. `matmul_plan` does just that and returns the bytes of workspace, so that a dry
-// run over all calls of a training step sizes the workspace; `matmul` refuses a call that needs more than it was given.
+// A call is described by a MatmulCall. The description without its pointers is a shape, and what a shape needs (library descriptors,
+// compiled kernels, the division of the workspace) is worked out once and kept. `matmul_plan` does just that and returns the bytes of
+// workspace, so that a dry run over all calls of a training step sizes the workspace; `matmul` refuses a call that needs more than it was
+// given.
 //
-// The backends: matmul_onednn.h (CPU) and matmul_cublaslt.cuh (CUDA). FP8 operands are exact on both: the GPU's FP8 units multiply them as they are;
-// where there are none, and on CPUs, they are decoded to BF16 (or FP32) in the workspace, descale included, which loses nothing as descale is a power
-// of two. What the GPU backend does with a shape, copies included, is decided by `matmul_gpu_plan` below, a pure function that both builds compile:
-// the planner asks it about GPUs that are not there.
+// The backends: matmul_onednn.h (CPU) and matmul_cublaslt.cuh (CUDA). FP8 operands are exact on both: the GPU's FP8 units multiply them as
+// they are; where there are none, and on CPUs, they are decoded to BF16 (or FP32) in the workspace, descale included, which loses nothing
+// as descale is a power of two. What the GPU backend does with a shape, copies included, is decided by `matmul_gpu_plan` below, a pure
+// function that both builds compile: the planner asks it about GPUs that are not there.
 //
-// Numbers: |err| <= 16·2⁻²⁴·Σ|ab| for FP32 D, and half a unit of BF16 more for BF16 D; sums that are exactly representable are exact. NaN and inf
-// propagate; BF16 subnormals may be flushed. The same call on the same device with the same thread count gives the same bits.
+// Numbers: |err| <= 16·2⁻²⁴·Σ|ab| for FP32 D, and half a unit of BF16 more for BF16 D; sums that are exactly representable are exact. NaN
+// and inf propagate; BF16 subnormals may be flushed. The same call on the same device with the same thread count gives the same bits.
 #pragma once
 #include <string>
 #include <time.h>
@@ -49,15 +50,17 @@ struct MatmulCall {
     bool fast_accumulate;   // Hopper's fast FP8 accumulation, for forward only; CPUs and other formats ignore it
 };
 
-// Everything of a call that is not a pointer. Compared as bytes: always cleared before it is filled.
+// Everything of a call that is not a pointer. Compared as bytes: cleared before it is filled, and without padding.
 struct MatmulShape {
     int64_t a_ld, b_ld, d_ld, a_stride, b_stride, d_stride;
     int m, n, k, batch;
     int threads;            // CPU: the compiled kernel depends on it
     uint8_t a_dtype, b_dtype, d_dtype, bias_dtype;
     bool a_transposed, b_transposed, bias, accumulate, fast_accumulate;
-    bool unaligned;         // GPU: a pointer or leading dimension is no multiple of 16 bytes
+    bool unaligned;         // GPU: a pointer or stride that the library sees is no multiple of 16 bytes
+    uint8_t zeros[2];
 };
+static_assert(sizeof(MatmulShape) == 80, "padding would be compared too");
 
 struct MatmulStatistics {
     int64_t calls;
@@ -107,8 +110,8 @@ static inline void matmul_describe(char* text, size_t size, const MatmulCall* c)
     char ld[160] = "", batch[96] = "";
     snprintf(ld, sizeof(ld), "ld %" PRId64 ", %" PRId64 ", %" PRId64, c->d_ld, c->a.ld, c->b.ld);
     if (c->batch != 1) {
-        snprintf(batch, sizeof(batch), ", batch %d with strides %" PRId64 ", %" PRId64 ", %" PRId64, c->batch, c->d_batch_stride, c->a.batch_stride,
-                 c->b.batch_stride);
+        snprintf(batch, sizeof(batch), ", batch %d with strides %" PRId64 ", %" PRId64 ", %" PRId64, c->batch, c->d_batch_stride,
+                 c->a.batch_stride, c->b.batch_stride);
     }
     const char* d = c->d_dtype < DTYPE_COUNT ? dtype_names[c->d_dtype] : "?";
     const char* a = c->a.dtype < DTYPE_COUNT ? dtype_names[c->a.dtype] : "?";
@@ -129,7 +132,9 @@ static inline void matmul_describe(char* text, size_t size, const MatmulCall* c)
 static inline const char* matmul_objection(const MatmulCall* c) {
     DType a = c->a.dtype, b = c->b.dtype;
     int a_cols = c->a.transposed ? c->m : c->k, b_cols = c->b.transposed ? c->k : c->n;
-    if ((a != FP32 && a != BF16 && !is_fp8(a)) || (b != FP32 && b != BF16 && !is_fp8(b))) { return "operands are fp32, bf16, e4m3 or e5m2"; }
+    if ((a != FP32 && a != BF16 && !is_fp8(a)) || (b != FP32 && b != BF16 && !is_fp8(b))) {
+        return "operands are fp32, bf16, e4m3 or e5m2";
+    }
     if ((a == FP32) != (b == FP32)) { return "an fp32 operand needs the other to be fp32"; }
     if (a == E5M2 && b == E5M2) { return "e5m2 x e5m2 is no hardware's product: one operand must be e4m3"; }
     if (c->d_dtype != FP32 && c->d_dtype != BF16) { return "the result is fp32 or bf16"; }
@@ -140,8 +145,12 @@ static inline const char* matmul_objection(const MatmulCall* c) {
     if (c->a.ld < max_of(a_cols, 1) || c->b.ld < max_of(b_cols, 1) || c->d_ld < max_of(c->n, 1)) {
         return "a leading dimension is shorter than its matrix's row";
     }
-    if (c->batch == 1 && (c->a.batch_stride != 0 || c->b.batch_stride != 0 || c->d_batch_stride != 0)) { return "a single matrix has no batch stride"; }
-    if (c->batch > 1 && (c->a.batch_stride <= 0 || c->b.batch_stride <= 0 || c->d_batch_stride <= 0)) { return "a batch needs positive strides"; }
+    if (c->batch == 1 && (c->a.batch_stride != 0 || c->b.batch_stride != 0 || c->d_batch_stride != 0)) {
+        return "a single matrix has no batch stride";
+    }
+    if (c->batch > 1 && (c->a.batch_stride <= 0 || c->b.batch_stride <= 0 || c->d_batch_stride <= 0)) {
+        return "a batch needs positive strides";
+    }
     if ((int64_t)c->batch * max_of(max_of(c->m, c->n), c->k) > INT32_MAX) { return "more rows than an int counts"; }
     return NULL;
 }
@@ -174,15 +183,16 @@ static inline bool gpu_has_fp8(int capability) { return capability >= 89; }
 // The FP8 units of 8.9, 9.0 and 12.x take only K-contiguous operands; those of 10.x and 11.x take all layouts.
 static inline bool gpu_fp8_needs_k_contiguous(int capability) { return !(capability >= 100 && capability < 120); }
 
+// (rows, cols): the operand as stored
 static inline GpuOperand gpu_operand(const Operand* x, int rows, int cols, int batch, bool decode, bool transpose) {
     GpuOperand o = {GPU_AS_IS, x->dtype, x->ld, x->batch_stride, x->transposed, 0, 0};
-    if (decode) {          // (rows, cols) as stored, rows padded to 16 bytes
+    if (decode) {            // as stored, rows padded to 16 bytes
         o.copy = GPU_DECODE;
         o.dtype = BF16;
         o.ld = round_up((int64_t)cols, (int64_t)8);
         o.batch_stride = batch > 1 ? o.ld * rows : 0;
         o.bytes = (size_t)o.ld * rows * batch * 2;
-    } else if (transpose) { // (cols, rows), rows padded to 16 bytes
+    } else if (transpose) {  // (cols, rows), rows padded to 16 bytes
         o.copy = GPU_TRANSPOSE;
         o.ld = round_up((int64_t)rows, (int64_t)16);
         o.batch_stride = batch > 1 ? o.ld * cols : 0;
@@ -201,8 +211,8 @@ static inline GpuPlan matmul_gpu_plan(const MatmulCall* c, int capability) {
     int b_rows = c->b.transposed ? c->n : c->k, b_cols = c->b.transposed ? c->k : c->n;
     p.a = gpu_operand(&c->a, a_rows, a_cols, c->batch, a8 && !p.fp8, k_contiguous && c->a.transposed);
     p.b = gpu_operand(&c->b, b_rows, b_cols, c->batch, b8 && !p.fp8, k_contiguous && !c->b.transposed);
-    // cuBLASLt's bias has D's type, but BF16 with FP8 operands. Where it has no such bias and D is FP32, ours is added afterwards in place; where D is
-    // BF16 that would round twice, so D is first written as FP32.
+    // cuBLASLt's bias has D's type, but is BF16 with FP8 operands. Any other is ours to add: where D is FP32 afterwards and in place; where
+    // D is BF16 that would round twice, so D is first written as FP32.
     p.bias_in_library = c->bias != NULL && (p.fp8 ? c->bias_dtype == BF16 : c->bias_dtype == c->d_dtype);
     p.d_copy = c->bias != NULL && !p.bias_in_library && c->d_dtype == BF16;
     size_t at = 0;
@@ -218,7 +228,8 @@ static inline GpuPlan matmul_gpu_plan(const MatmulCall* c, int capability) {
     return p;
 }
 
-// Bytes of workspace the CUDA build uses for this call on a GPU of this capability (90 is 9.0). No pointer is read but whether bias is NULL.
+// Bytes of workspace the CUDA build uses for this call on a GPU of this capability (90 is 9.0). No pointer is read but whether bias is
+// NULL.
 static inline size_t matmul_gpu_workspace(const MatmulCall* c, int capability) {
     return c->m == 0 || c->n == 0 || c->k == 0 ? 0 : matmul_gpu_plan(c, capability).bytes;
 }
@@ -241,7 +252,8 @@ static inline bool gpu_pointers_aligned(const MatmulCall* c, const GpuPlan* p) {
 static inline const char* matmul_gpu_objection(const MatmulCall* c, int capability) {
     if (capability < 80) { return "the GPU's capability is below 8.0: it has no bf16 units"; }
     if (c->batch > 65535) { return "a GPU takes batches of at most 65535 matrices"; }
-    int64_t longest = max_of(max_of(c->a.ld * dtype_bytes(c->a.dtype), c->b.ld * dtype_bytes(c->b.dtype)), c->d_ld * dtype_bytes(c->d_dtype));
+    int64_t longest =
+        max_of(max_of(c->a.ld * dtype_bytes(c->a.dtype), c->b.ld * dtype_bytes(c->b.dtype)), c->d_ld * dtype_bytes(c->d_dtype));
     if (longest > INT32_MAX) { return "cuBLASLt takes rows of at most 2 GiB"; }
     GpuPlan p = matmul_gpu_plan(c, capability);
     if (!p.fp8) { return NULL; }
@@ -308,19 +320,26 @@ static inline void finish_matmul(const MatmulCall* c, const float* x, Stream str
     else { finish_rows((bf16*)c->d, x, c, stream); }
 }
 
-template <class To> static inline void convert_operand(To* y, int64_t y_ld, const Operand* x, int rows, int cols, int batch, Stream stream) {
+template <class To>
+static inline void convert_operand(To* y, int64_t y_ld, const Operand* x, int rows, int cols, int batch, Stream stream) {
     int all = rows * batch;
     int64_t stride = x->batch_stride;
     switch (x->dtype) {
-        case E4M3: run_rows(ConvertRows<To, e4m3>{y, (const e4m3*)x->data, x->descale, y_ld, x->ld, stride, rows, cols}, all, stream); break;
-        case E5M2: run_rows(ConvertRows<To, e5m2>{y, (const e5m2*)x->data, x->descale, y_ld, x->ld, stride, rows, cols}, all, stream); break;
-        case BF16: run_rows(ConvertRows<To, bf16>{y, (const bf16*)x->data, x->descale, y_ld, x->ld, stride, rows, cols}, all, stream); break;
+        case E4M3:
+            run_rows(ConvertRows<To, e4m3>{y, (const e4m3*)x->data, x->descale, y_ld, x->ld, stride, rows, cols}, all, stream);
+            break;
+        case E5M2:
+            run_rows(ConvertRows<To, e5m2>{y, (const e5m2*)x->data, x->descale, y_ld, x->ld, stride, rows, cols}, all, stream);
+            break;
+        case BF16:
+            run_rows(ConvertRows<To, bf16>{y, (const bf16*)x->data, x->descale, y_ld, x->ld, stride, rows, cols}, all, stream);
+            break;
         default: die("matmul: no conversion from %s", dtype_names[x->dtype]);
     }
 }
 
-// y (batch, cols, rows) = xᵀ of x (batch, rows, cols), one byte an element, any size. A block of 256 threads takes a tile of 64 × 64 through shared
-// memory in two phases with a barrier between; each thread moves 16 bytes a phase, at once where the address allows.
+// y (batch, cols, rows) = xᵀ of x (batch, rows, cols), one byte an element, any size. A block of 256 threads takes a tile of 64 × 64
+// through shared memory in two phases with a barrier between; each thread moves 16 bytes a phase, at once where the address allows.
 struct TransposeBytes {
     static constexpr int TILE = 64, THREADS = 256;
     static constexpr int PITCH = 17;  // words between the tile's rows: an odd number spreads a column over the banks
@@ -386,7 +405,7 @@ static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCal
 static inline void kernel_destroy(MatmulKernel* kernel);
 static inline const char* kernel_name(const MatmulKernel* kernel);
 static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* c, Stream stream);
-static inline double backend_seconds(Matmul* mm, bool begin, Stream stream);  // called around kernel_run; the second call returns the time between
+static inline double backend_seconds(Matmul* mm, bool begin, Stream stream);  // around kernel_run; the second returns the time between
 
 #ifdef USE_CUDA
 #include "matmul_cublaslt.cuh"
@@ -448,7 +467,8 @@ static inline MatmulEntry* matmul_entry(Matmul* mm, const MatmulCall* c, bool po
     return entry;
 }
 
-// Bytes of workspace that this call needs on this build's device. No pointer is read but whether bias is NULL. Matmul keeps the maximum in `planned`.
+// Bytes of workspace that this call needs on this build's device. No pointer is read but whether bias is NULL. Matmul keeps the maximum in
+// `planned`.
 static inline size_t matmul_plan(Matmul* mm, const MatmulCall* c) {
     MatmulEntry* entry = matmul_entry(mm, c, false);
     mm->planned = max_of(mm->planned, entry->workspace);
@@ -490,8 +510,8 @@ static inline void matmul(Matmul* mm, const MatmulCall* c, Stream stream) {
 
 // One line a shape: what was multiplied, how often, and how fast (of the calls made while `timing` was on).
 static inline void matmul_report(const Matmul* mm, FILE* f) {
-    fprintf(f, "%-22s %6s %6s  %-3s  %-14s %-6s %8s %10s %9s  %s\n", "m, n, k", "batch", "bias", "A B", "A x B", "D", "calls", "ms", "GFLOP/s",
-            "kernel");
+    fprintf(f, "%-22s %6s %6s  %-3s  %-14s %-6s %8s %10s %9s  %s\n", "m, n, k", "batch", "bias", "A B", "A x B", "D", "calls", "ms",
+            "GFLOP/s", "kernel");
     for (const MatmulEntry* e : *mm->order) {
         const MatmulShape* s = &e->shape;
         if (e->statistics.calls == 0) { continue; }

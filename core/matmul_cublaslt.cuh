@@ -1,12 +1,12 @@
 // matmul_cublaslt.cuh: the GPU backend of matmul.cuh, on cuBLASLt.
 //
-// cuBLASLt is column-major, and a row-major matrix is its transpose stored column-major, so D = A·B is asked for as Dᵀ = Bᵀ·Aᵀ: our B is the library's
-// first operand, our A its second, and its op is T exactly where ours is not. A row-major (rows, cols) matrix is described as cols × rows with the same
-// leading dimension. In these terms a linear layer's forward product is the library's "TN", the only form in which Hopper multiplies FP8; the others
-// get a transposed copy in the workspace, as matmul_gpu_plan says.
+// cuBLASLt is column-major, and a row-major matrix is its transpose stored column-major, so D = A·B is asked for as Dᵀ = Bᵀ·Aᵀ: our B is
+// the library's first operand, our A its second, and its op is T exactly where ours is not. A row-major (rows, cols) matrix is described as
+// cols × rows with the same leading dimension. In these terms a linear layer's forward product is the library's "TN", the only form in
+// which Hopper multiplies FP8; the others get a transposed copy in the workspace, as matmul_gpu_plan says.
 //
-// Descriptors and the choice of algorithm are made once a shape; a call sets the pointers within the descriptor and launches. Nothing waits for the
-// device. The choice is the library's first; it depends on library and device only, so results repeat.
+// Descriptors and the choice of algorithm are made once a shape; a call sets the pointers within the descriptor and launches. Nothing waits
+// for the device. The choice is the library's first; it depends on library and device only, so results repeat.
 #pragma once
 #include <cublasLt.h>
 
@@ -80,7 +80,8 @@ static inline cudaDataType_t cuda_dtype(DType t) {
 template <class T> static inline void set_operation(MatmulKernel* k, cublasLtMatmulDescAttributes_t attribute, T value) {
     CUBLASLT_CHECK(cublasLtMatmulDescSetAttribute(k->operation, attribute, &value, sizeof(value)));
 }
-template <class T> static inline void set_preference(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t attribute, T value) {
+template <class T>
+static inline void set_preference(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t attribute, T value) {
     CUBLASLT_CHECK(cublasLtMatmulPreferenceSetAttribute(p, attribute, &value, sizeof(value)));
 }
 
@@ -91,7 +92,8 @@ static inline cublasLtMatrixLayout_t cublaslt_matrix(DType t, int rows, int cols
     if (batch > 1) {
         int32_t count = batch;
         CUBLASLT_CHECK(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof(count)));
-        CUBLASLT_CHECK(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &batch_stride, sizeof(batch_stride)));
+        CUBLASLT_CHECK(
+            cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &batch_stride, sizeof(batch_stride)));
     }
     return layout;
 }
@@ -112,10 +114,11 @@ static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCal
     uint32_t alignment = entry->shape.unaligned ? (uint32_t)dtype_bytes(p->a.dtype) : 16u;
     if (p->fp8 && entry->shape.unaligned) { matmul_refuse(c, "FP8 units take pointers that are multiples of 16 bytes"); }
 
-    CUBLASLT_CHECK(cublasLtMatmulDescCreate(&k->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));  // COMPUTE_32F: FP32 operands are not cut to TF32
+    // COMPUTE_32F does not cut FP32 operands to TF32
+    CUBLASLT_CHECK(cublasLtMatmulDescCreate(&k->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     set_operation(k, CUBLASLT_MATMUL_DESC_TRANSA, (int32_t)(p->b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
     set_operation(k, CUBLASLT_MATMUL_DESC_TRANSB, (int32_t)(p->a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
-    const void* somewhere = (const void*)(size_t)256;  // the choice of algorithm looks at a pointer's alignment and whether it is there, no more
+    const void* somewhere = (const void*)(size_t)256;  // of a pointer, the choice of algorithm looks at alignment and presence only
     if (p->fp8) {
         set_operation(k, CUBLASLT_MATMUL_DESC_FAST_ACCUM, (int8_t)(c->fast_accumulate ? 1 : 0));
         set_operation(k, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, somewhere);
@@ -153,28 +156,30 @@ static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCal
     CUBLASLT_CHECK(cublasLtMatmulPreferenceDestroy(preference));
     if (status != CUBLAS_STATUS_SUCCESS || found < 1 || result.state != CUBLAS_STATUS_SUCCESS) {
         char why[160];
-        snprintf(why, sizeof(why), "cuBLASLt has no algorithm for this on a GPU of capability %d.%d (%s)", mm->capability / 10, mm->capability % 10,
-                 cublasLtGetStatusString(status != CUBLAS_STATUS_SUCCESS || found < 1 ? status : result.state));
+        snprintf(why, sizeof(why), "cuBLASLt has no algorithm for this on a GPU of capability %d.%d (%s)", mm->capability / 10,
+                 mm->capability % 10, cublasLtGetStatusString(status != CUBLAS_STATUS_SUCCESS || found < 1 ? status : result.state));
         matmul_refuse(c, why);
     }
     k->algorithm = result.algo;
-    snprintf(k->name, sizeof(k->name), "algorithm %d tile %d stages %d split %d%s%s%s%s", algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_ID),
-             algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID), algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_STAGES_ID),
+    snprintf(k->name, sizeof(k->name), "algorithm %d tile %d stages %d split %d%s%s%s%s",
+             algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_ID), algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID),
+             algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_STAGES_ID),
              algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM), p->a.copy == GPU_TRANSPOSE ? ", transposes A" : "",
              p->b.copy == GPU_TRANSPOSE ? ", transposes B" : "", p->a.copy == GPU_DECODE ? ", decodes A" : "",
              p->b.copy == GPU_DECODE ? ", decodes B" : "");
 }
 
 // The operand as the library wants it: where it lies, or copied into the workspace
-static inline const void* present_operand(const GpuOperand* o, const Operand* x, char* workspace, int rows, int cols, int batch, Stream stream) {
+static inline const void* present_operand(const GpuOperand* o, const Operand* x, char* workspace, int rows, int cols, int batch,
+                                          Stream stream) {
     char* copy = workspace + o->offset;
     if (o->copy == GPU_AS_IS) { return x->data; }
     if (o->copy == GPU_DECODE) {
         convert_operand((bf16*)copy, o->ld, x, rows, cols, batch, stream);
     } else {
         TransposeBytes t = {(uint8_t*)copy, (const uint8_t*)x->data, o->ld, x->ld, o->batch_stride, x->batch_stride, rows, cols};
-        launch(transpose_bytes_kernel, dim3((unsigned)(t.tiles_down() * t.tiles_across()), 1, (unsigned)batch), dim3(TransposeBytes::THREADS), 0, stream,
-               t);
+        launch(transpose_bytes_kernel, dim3((unsigned)(t.tiles_down() * t.tiles_across()), 1, (unsigned)batch),
+               dim3(TransposeBytes::THREADS), 0, stream, t);
     }
     return copy;
 }
@@ -189,14 +194,16 @@ static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* 
     const void* b = present_operand(&p->b, &c->b, w, b_rows, b_cols, c->batch, stream);
     void* d = p->d_copy ? w + p->d_offset : (char*)c->d;
     if (p->fp8) {
-        if (((size_t)c->a.descale | (size_t)c->b.descale) % 16 != 0) { matmul_refuse(c, "a descale pointer is not a multiple of 16 bytes"); }
+        if (((size_t)c->a.descale | (size_t)c->b.descale) % 16 != 0) {
+            matmul_refuse(c, "a descale pointer is not a multiple of 16 bytes");
+        }
         set_operation(k, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, (const void*)c->b.descale);
         set_operation(k, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, (const void*)c->a.descale);
     }
     if (p->bias_in_library) { set_operation(k, CUBLASLT_MATMUL_DESC_BIAS_POINTER, c->bias); }
     float alpha = 1.0f, beta = c->accumulate ? 1.0f : 0.0f;  // read before the call returns
-    cublasStatus_t status = cublasLtMatmul(mm->backend->handle, k->operation, &alpha, b, k->b, a, k->a, &beta, d, k->d, d, k->d, &k->algorithm,
-                                           w + p->library_offset, p->library_bytes, stream);
+    cublasStatus_t status = cublasLtMatmul(mm->backend->handle, k->operation, &alpha, b, k->b, a, k->a, &beta, d, k->d, d, k->d,
+                                           &k->algorithm, w + p->library_offset, p->library_bytes, stream);
     if (status != CUBLAS_STATUS_SUCCESS) {
         char why[160];
         snprintf(why, sizeof(why), "cuBLASLt fails (%s)", cublasLtGetStatusString(status));

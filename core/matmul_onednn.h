@@ -1,9 +1,9 @@
 // matmul_onednn.h: the CPU backend of matmul.cuh, on oneDNN (API versions 2 and 3).
 //
-// oneDNN multiplies FP32 × FP32 and, where the CPU has the instructions (AVX512-BF16, AMX), BF16 × BF16; its kernels take operands in all four
-// combinations of transposition at nearly the speed of its own blocked layouts, so nothing is transposed or reordered here. An operand that is not of
-// the multiplied format (FP8 always; BF16 on CPUs without BF16 instructions) is converted into the workspace first, as stored and packed.
-// Compiled kernels ("primitives") are kept by shape, with scratchpads in our workspace.
+// oneDNN multiplies FP32 × FP32 and, where the CPU has the instructions (AVX512-BF16, AMX), BF16 × BF16; its kernels take operands in all
+// four combinations of transposition at nearly the speed of its own blocked layouts, so nothing is transposed or reordered here. An operand
+// that is not of the multiplied format (FP8 always; BF16 on CPUs without BF16 instructions) is converted into the workspace first, as
+// stored and packed. Compiled kernels ("primitives") are kept by shape, with scratchpads in our workspace.
 #pragma once
 #include <oneapi/dnnl/dnnl.hpp>
 
@@ -54,17 +54,21 @@ static inline double backend_seconds(Matmul* mm, bool begin, Stream) {
     return now - mm->backend->started;
 }
 
-static inline dnnl::memory::data_type onednn_dtype(DType t) { return t == FP32 ? dnnl::memory::data_type::f32 : dnnl::memory::data_type::bf16; }
+static inline dnnl::memory::data_type onednn_dtype(DType t) {
+    return t == FP32 ? dnnl::memory::data_type::f32 : dnnl::memory::data_type::bf16;
+}
 
 // (rows, cols), stored (cols, rows) if transposed
-static inline dnnl::memory::desc onednn_matrix(int batch, int64_t rows, int64_t cols, DType t, int64_t ld, int64_t batch_stride, bool transposed) {
+static inline dnnl::memory::desc onednn_matrix(int batch, int64_t rows, int64_t cols, DType t, int64_t ld, int64_t batch_stride,
+                                               bool transposed) {
     int64_t row = transposed ? 1 : ld, col = transposed ? ld : 1;
     if (batch == 1) { return dnnl::memory::desc({rows, cols}, onednn_dtype(t), {row, col}); }
     return dnnl::memory::desc({batch, rows, cols}, onednn_dtype(t), {batch_stride, row, col});
 }
 
-static inline dnnl::matmul::primitive_desc onednn_matmul(const dnnl::engine& engine, const dnnl::memory::desc& a, const dnnl::memory::desc& b,
-                                                         const dnnl::memory::desc* bias, const dnnl::memory::desc& d, bool accumulate) {
+static inline dnnl::matmul::primitive_desc onednn_matmul(const dnnl::engine& engine, const dnnl::memory::desc& a,
+                                                         const dnnl::memory::desc& b, const dnnl::memory::desc* bias,
+                                                         const dnnl::memory::desc& d, bool accumulate) {
     dnnl::primitive_attr attributes;
     attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
     if (accumulate) {
@@ -105,7 +109,8 @@ static inline void kernel_build(Matmul* mm, MatmulEntry* entry, const MatmulCall
                                          k->convert_a ? a_size : c->a.batch_stride, c->a.transposed);
     dnnl::memory::desc b = onednn_matrix(c->batch, c->k, c->n, k->compute, k->convert_b ? b_cols : c->b.ld,
                                          k->convert_b ? b_size : c->b.batch_stride, c->b.transposed);
-    dnnl::memory::desc d = onednn_matrix(c->batch, c->m, c->n, d_dtype, d_copy ? c->n : c->d_ld, d_copy ? d_size : c->d_batch_stride, false);
+    dnnl::memory::desc d =
+        onednn_matrix(c->batch, c->m, c->n, d_dtype, d_copy ? c->n : c->d_ld, d_copy ? d_size : c->d_batch_stride, false);
     dnnl::memory::desc e = onednn_matrix(1, 1, c->n, k->convert_bias ? FP32 : c->bias_dtype == BF16 ? BF16 : FP32, c->n, 0, false);
     if (c->batch > 1) { e = e.reshape({1, 1, c->n}); }
     dnnl::matmul::primitive_desc pd = onednn_matmul(engine, a, b, bias ? &e : NULL, d, c->accumulate);
@@ -146,7 +151,8 @@ static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCal
 }
 
 // The operand as oneDNN wants it: where it lies, or converted at `copy`
-static inline void* present_operand(const MatmulKernel* k, const Operand* x, bool convert, void* copy, int rows, int cols, int batch, Stream stream) {
+static inline void* present_operand(const MatmulKernel* k, const Operand* x, bool convert, void* copy, int rows, int cols, int batch,
+                                    Stream stream) {
     if (!convert) { return (void*)x->data; }
     if (k->compute == BF16) { convert_operand((bf16*)copy, cols, x, rows, cols, batch, stream); }
     else { convert_operand((float*)copy, cols, x, rows, cols, batch, stream); }

@@ -6,6 +6,7 @@
 //
 //     Memory memory = {};
 //     model_allocate(&model, &memory);     // dry
+//     memory_require(&memory, 1);          // does it fit?
 //     memory_commit(&memory);
 //     model_allocate(&model, &memory);     // hands out
 //
@@ -52,19 +53,22 @@ static inline size_t memory_total(const Memory* m) {
     return total;
 }
 
-// Takes the planned blocks from the device; refuses, with the sizes, before taking anything when they cannot fit.
-static inline void memory_commit(Memory* m, int processes_on_device) {
+// Refuses a plan that does not fit into what is free, before anything is taken.
+static inline void memory_require(const Memory* m, int processes_on_device) {
     size_t total = memory_total(m), available = device_memory_free();
-    if (total > available / (size_t)max_of(processes_on_device, 1)) {
-        char table[512];
-        int n = 0;
-        for (int i = 0; i < MEMORY_CATEGORIES; i++) {
-            n += snprintf(table + n, sizeof(table) - (size_t)n, "%s%s %.2f", i > 0 ? ", " : "", memory_names[i], (double)m->bytes[i] / (1 << 30));
-        }
-        die("out of memory: this run needs %.2f GiB (%s) and %.2f GiB are free for %d process%s on this device; use a smaller --micro-batch or "
-            "--seq-len, or a higher --recompute", (double)total / (1 << 30), table, (double)available / (1 << 30), processes_on_device,
-            processes_on_device == 1 ? "" : "es");
+    if (total <= available / (size_t)max_of(processes_on_device, 1)) { return; }
+    char table[512];
+    int n = 0;
+    for (int i = 0; i < MEMORY_CATEGORIES; i++) {
+        n += snprintf(table + n, sizeof(table) - (size_t)n, "%s%s %.2f", i > 0 ? ", " : "", memory_names[i], (double)m->bytes[i] / (1 << 30));
     }
+    bad_input("out of memory: this run needs %.2f GiB (%s) and %.2f GiB are free for %d process%s on this device; use a smaller --micro-batch or "
+        "--seq-len, or a higher --recompute", (double)total / (1 << 30), table, (double)available / (1 << 30), processes_on_device,
+        processes_on_device == 1 ? "" : "es");
+}
+
+// Takes the planned blocks from the device.
+static inline void memory_commit(Memory* m) {
     for (int i = 0; i < MEMORY_CATEGORIES; i++) { m->block[i] = m->bytes[i] > 0 ? (char*)device_alloc(m->bytes[i]) : NULL; }
     m->committed = true;
 }

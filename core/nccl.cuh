@@ -1,7 +1,8 @@
-// nccl.cuh: the calls of NCCL, and nothing but calls: every algorithm is above the interface of collectives.cuh, where it is tested through MPI.
+// nccl.cuh: the calls of NCCL, and nothing but calls: every algorithm is above the interface of collectives.cuh, where it is tested
+// through MPI.
 //
-// Communicators are non-blocking: each call may answer "in progress" and is then polled under our own clock, since NCCL itself waits for ever. Whoever
-// gives up ends all ranks (die), so no rank is left waiting in a kernel for one that has gone.
+// Communicators are non-blocking: each call may answer "in progress" and is then polled under our own clock, since NCCL itself waits for
+// ever. Whoever gives up ends all ranks (die), so no rank is left waiting in a kernel for one that has gone.
 #pragma once
 #include "device.cuh"
 #include <nccl.h>
@@ -16,7 +17,7 @@ static inline void nccl_check(ncclResult_t result, ncclComm_t comm, const char* 
     if (result == ncclSuccess || result == ncclInProgress) { return; }
     const char* hint = result == ncclRemoteError ? "; hint: another rank has ended or cannot be reached: look for its message first"
         : result == ncclInvalidUsage ? "; hint: do two ranks share a GPU, or do the nodes have different versions of NCCL?"
-        : result == ncclSystemError ? "; hint: /dev/shm full, or no network interface that reaches the other nodes (NCCL_SOCKET_IFNAME)" : "";
+        : result == ncclSystemError ? "; hint: is /dev/shm full, or no network interface right (NCCL_SOCKET_IFNAME)?" : "";
     die("%s:%d: %s: %s (%s)%s; NCCL_DEBUG=INFO tells more", file, line, call, ncclGetErrorString(result), ncclGetLastError(comm), hint);
 }
 
@@ -35,8 +36,8 @@ static inline void nccl_settle(ncclComm_t comm, const char* call, const char* fi
         nccl_check(state, comm, call, file, line);
         if (state == ncclSuccess) { return; }
         if (time(NULL) - start > NCCL_PATIENCE) {
-            die("%s:%d: %s: nothing for %d seconds; hint: has every rank been started, and can the nodes reach each other (NCCL_SOCKET_IFNAME)? "
-                "NCCL_DEBUG=INFO tells more", file, line, call, NCCL_PATIENCE);
+            die("%s:%d: %s: nothing for %d seconds; hint: has every rank been started, and can the nodes reach each other "
+                "(NCCL_SOCKET_IFNAME)? NCCL_DEBUG=INFO tells more", file, line, call, NCCL_PATIENCE);
         }
         usleep(50);
     }

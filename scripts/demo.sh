@@ -8,15 +8,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export LC_ALL=C
 
-STEPS=${STEPS:-300}
+STEPS=${STEPS:-200} # both runs together shall stay under four minutes on two cores
 LAYERS=${LAYERS:-4}
 HEADS=${HEADS:-4}
 WIDTH=${WIDTH:-256}
 SEQ_LEN=${SEQ_LEN:-256}
 MICRO_BATCH=${MICRO_BATCH:-8}      # sequences
-GLOBAL_BATCH=${GLOBAL_BATCH:-8192} # tokens
+GLOBAL_BATCH=${GLOBAL_BATCH:-4096} # tokens
 LR=${LR:-1e-3}
-WARMUP=${WARMUP:-30}
+WARMUP=${WARMUP:-20}
 SEED=${SEED:-1}
 VAL_EVERY=${VAL_EVERY:-100}
 SAMPLE_LEN=${SAMPLE_LEN:-200}
@@ -115,8 +115,8 @@ else
     plot="none (gnuplot is not installed: package gnuplot-nox)"
 fi
 
-# summary DIR: "final-loss validation-loss memory-bytes tok/s", from its log.jsonl; - for what is not there.
-# Final loss: mean of the last 10 steps. Memory: all categories of the last step. tok/s: mean of the second half, when all is warm.
+# summary DIR: "final-loss validation-loss weights activations all-memory tok/s", from its log.jsonl; - for what is not there.
+# Final loss: mean of the last 10 steps. Memory: bytes at the last step. tok/s: mean of the second half, when all is warm.
 summary() {
     awk '
         function number(key) {
@@ -133,10 +133,15 @@ summary() {
             if (match($0, /"mem":\{[^}]*\}/)) {
                 parts = split(substr($0, RSTART + 7, RLENGTH - 8), part, ",")
                 mem = 0
-                for (i = 1; i <= parts; i++) { split(part[i], pair, ":"); if (pair[1] != "\"total\"") { mem += pair[2] } }
+                for (i = 1; i <= parts; i++) { split(part[i], pair, ":"); mem += pair[2] }
+                weights = number("weights"); activations = number("activations")
             }
         }
-        END { print mean(loss, n > 10 ? n - 9 : 1, n), (val == "" ? "-" : val), (mem ? mem : "-"), mean(speed, int(n / 2) + 1, n) }
+        function or_none(value) { return value == "" ? "-" : value }
+        END {
+            print mean(loss, n > 10 ? n - 9 : 1, n), or_none(val), or_none(weights), or_none(activations), or_none(mem), \
+                mean(speed, int(n / 2) + 1, n)
+        }
     ' "$1/log.jsonl"
 }
 
@@ -154,8 +159,10 @@ summary() {
         printf "  %-36s %10s %10s %11s\n", "", "bf16", "fp8", "difference"
         row("final loss (mean of last 10 steps)", "%.4f", 1, 1)
         row("validation loss", "%.4f", 2, 1)
-        row("memory of a rank, MiB", "%.1f", 3, 1048576)
-        row("tokens a second", "%.0f", 4, 1)
+        row("a rank\047s memory, MiB: weights", "%.1f", 3, 1048576)
+        row("                      activations", "%.1f", 4, 1048576)
+        row("                      in all", "%.1f", 5, 1048576)
+        row("tokens a second", "%.0f", 6, 1)
     }
 '
 printf '\n  plot: %s\n  runs: demo/bf16 and demo/fp8 (log.jsonl in each)\n' "$plot"

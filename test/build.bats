@@ -482,7 +482,9 @@ EOF
     run on DEVICE=cpu NO_MPI=1 STEPS=40 make demo
     grep -qE 'final loss.* 2\.0000 +2\.0500 +\+2\.50 %' <<< "$output"
     grep -qE 'validation loss +2\.5000 +2\.5000 +\+0\.00 %' <<< "$output"
-    grep -qE 'memory.* 3\.0 +2\.0 +-33\.33 %' <<< "$output"
+    grep -qE 'weights +2\.0 +1\.0 +-50\.00 %' <<< "$output"
+    grep -qE 'activations +- +- +-' <<< "$output"
+    grep -qE 'in all +3\.0 +2\.0 +-33\.33 %' <<< "$output"
     grep -qE 'tokens a second +500 +500 ' <<< "$output"
     grep -q 'plot demo/loss.png bf16=demo/bf16 fp8=demo/fp8' <<< "$output"
 }

@@ -25,7 +25,7 @@ extern "C" {
 
 // What a signal, a network file system or a broken disk may do to a read: interrupt it, return less than was asked for, fail.
 static enum { READS_WORK, READS_FLAKY, READS_FAIL } reads = READS_WORK;
-static ssize_t test_pread(int fd, void* out, size_t bytes, off_t offset) {
+static ssize_t trying_pread(int fd, void* out, size_t bytes, off_t offset) {
     static int calls = 0;
     bool interrupted = reads == READS_FLAKY && ++calls % 3 == 0;
     if (interrupted || reads == READS_FAIL) {
@@ -37,24 +37,24 @@ static ssize_t test_pread(int fd, void* out, size_t bytes, off_t offset) {
 
 // Counts what the loader has allocated and not freed.
 static int allocations = 0;
-static void* test_malloc(size_t bytes) { return allocations++, malloc(bytes); }
-static void* test_realloc(void* p, size_t bytes) { return allocations += p == NULL, realloc(p, bytes); }
-static char* test_strdup(const char* text) { return allocations++, strdup(text); }
-static char* test_strndup(const char* text, size_t n) { return allocations++, strndup(text, n); }
-static void test_free(void* p) { allocations -= p != NULL; free(p); }
-static int test_glob(const char* pattern, int flags, int (*error)(const char*, int), glob_t* matches) {
+static void* counted_malloc(size_t bytes) { return allocations++, malloc(bytes); }
+static void* counted_realloc(void* p, size_t bytes) { return allocations += p == NULL, realloc(p, bytes); }
+static char* counted_strdup(const char* text) { return allocations++, strdup(text); }
+static char* counted_strndup(const char* text, size_t n) { return allocations++, strndup(text, n); }
+static void counted_free(void* p) { allocations -= p != NULL; free(p); }
+static int counted_glob(const char* pattern, int flags, int (*error)(const char*, int), glob_t* matches) {
     return allocations++, glob(pattern, flags, error, matches);
 }
-static void test_globfree(glob_t* matches) { allocations--; globfree(matches); }
+static void counted_globfree(glob_t* matches) { allocations--; globfree(matches); }
 
-#define pread test_pread
-#define malloc test_malloc
-#define realloc test_realloc
-#define strdup test_strdup
-#define strndup test_strndup
-#define free test_free
-#define glob test_glob
-#define globfree test_globfree
+#define pread trying_pread
+#define malloc counted_malloc
+#define realloc counted_realloc
+#define strdup counted_strdup
+#define strndup counted_strndup
+#define free counted_free
+#define glob counted_glob
+#define globfree counted_globfree
 #include "../dataloader.h"
 #undef pread
 #undef malloc

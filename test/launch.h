@@ -1,7 +1,8 @@
-// launch.h: runs this test program again, as ranks under mpirun or as one plain process, and keeps what it printed. For tests of what ranks do together.
+// launch.h: runs this test program again, as ranks under mpirun or as one plain process, and keeps what it printed. For tests of what
+// ranks do together.
 //
-// A test program that uses it has two faces: main() with no argument runs the cmocka tests; with arguments it is one of the ranks that a test has
-// started, checks with CHECK, and ends with exit code 0 if all held.
+// A test program that uses it has two faces: main() with no argument runs the cmocka tests; with arguments it is one of the ranks that a
+// test has started, checks with CHECK, and ends with exit code 0 if all held.
 #pragma once
 #include "../core/collectives.cuh"
 #include <setjmp.h>
@@ -65,8 +66,8 @@ static bool can_launch(int ranks) {
 #endif
 }
 
-// Starts `ranks` processes of this program with the arguments mode and argument; environment: NULL or one NAME=value for them. 1 rank is started
-// plainly, as a user does. Ends them after `limit` seconds.
+// Starts `ranks` processes of this program with the arguments mode and argument; environment: NULL or one NAME=value for them. 1 rank is
+// started plainly, as a user does. Ends them after `limit` seconds.
 static Launched launch_ranks(int ranks, const char* mode, const char* argument, const char* environment, int limit) {
     Launched l = {};
     char self[4096], count[16];

@@ -1,0 +1,816 @@
+// Tests of fp8_kernels.cuh: every kernel against float64 on awkward sizes, for FP32 and BF16 activations; FP8 codes, scales and recorded amaxes exactly.
+#include "check.h"
+#include <algorithm>
+#include "../fp8_kernels.cuh"
+
+static const int rows_list[] = {1, 2, 33, 70};            // one strip, its rest, three strips
+static const int width_list[] = {1, 3, 16, 48, 129, 300};  // 300: more than one COLUMN_TILE
+
+template <class T> static void print_size(char* text, size_t size, const char* what, int rows, int C) {
+    snprintf(text, size, "%s, %s (%d, %d)", what, dtype_names[DTypeOf<T>::value], rows, C);
+}
+
+// ---- the functions in float64 ----
+
+// (1 + tanh u)/2 = 1/(1 + e^(-2u)), without the cancellation of the left side
+static double gelu_gate64(double x) { return 1.0 / (1.0 + exp(-2.0 * sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x))); }
+static double gelu64(double x) { return x * gelu_gate64(x); }
+static double gelu_slope64(double x) {
+    double g = gelu_gate64(x), rest = gelu_gate64(-x);  // 1 - g, without cancellation
+    return g + 2.0 * x * g * rest * sqrt(2.0 / M_PI) * (1.0 + 3.0 * 0.044715 * x * x);
+}
+
+struct Norm64 { double mean, rstd, top; };
+template <class X> static Norm64 norm64(const X* x, int C) {
+    Norm64 n = {0, 0, 0};
+    for (int c = 0; c < C; c++) { n.mean += (double)x[c] / C; n.top = fmax(n.top, fabs((double)x[c])); }
+    double var = 0;
+    for (int c = 0; c < C; c++) { var += ((double)x[c] - n.mean) * ((double)x[c] - n.mean) / C; }
+    n.rstd = 1.0 / sqrt(var + 1e-5);
+    return n;
+}
+
+// ---- sources ----
+
+enum Kind { TENSOR, GELU, GELU_GRAD, NORM, KINDS };
+
+template <class T> struct Inputs {
+    int rows, C;
+    Array<T> x, dy, gain, bias;
+    Array<float> mean, rstd;
+    Inputs(int r, int c) : rows(r), C(c), x((size_t)r * c), dy((size_t)r * c), gain(c), bias(c), mean(r), rstd(r) {
+        fill_normal(x, 0.3, 2.0);
+        fill_normal(dy, 0.0, 1.0);
+        fill_normal(gain, 1.0, 0.3);
+        fill_normal(bias, 0.0, 0.5);
+        for (int i = 0; i < rows; i++) {
+            std::vector<double> row(C);
+            for (int k = 0; k < C; k++) { row[k] = (double)to_float(x[i * C + k]); }
+            Norm64 n = norm64(row.data(), C);
+            mean[i] = (float)n.mean;
+            rstd[i] = (float)n.rstd;
+        }
+    }
+};
+
+template <class A> static void produce_kind(Kind kind, Tensor out, float* partial, const Inputs<A>& in, Quantisation q, void* raw) {
+    DType act = DTypeOf<A>::value;
+    const void *x = in.x, *dy = in.dy, *gain = in.gain, *bias = in.bias;
+    const float *mean = in.mean, *rstd = in.rstd;
+    if (kind == TENSOR) {
+        produce(out, partial, [=](auto t) { typedef typename decltype(t)::type T; return TensorSource<T>{(const T*)x}; }, act, q, raw, in.rows, in.C, NULL);
+    } else if (kind == GELU) {
+        produce(out, partial, [=](auto t) { typedef typename decltype(t)::type T; return GeluSource<T>{(const T*)x}; }, act, q, raw, in.rows, in.C, NULL);
+    } else if (kind == GELU_GRAD) {
+        produce(out, partial, [=](auto t) { typedef typename decltype(t)::type T; return GeluGradSource<T>{(const T*)dy, (const T*)x}; }, act, q, raw, in.rows,
+                in.C, NULL);
+    } else {
+        produce(out, partial, [=](auto t) {
+            typedef typename decltype(t)::type T;
+            return LayerNormSource<T>{(const T*)x, mean, rstd, (const T*)gain, (const T*)bias};
+        }, act, q, raw, in.rows, in.C, NULL);
+    }
+    finish();
+}
+
+template <class T> static void check_value(Kind kind, const Inputs<T>& in, int r, int c, double got, const char* text) {
+    size_t i = (size_t)r * in.C + c;
+    double x = (double)to_float(in.x[i]), dy = (double)to_float(in.dy[i]), want = x, allowed = 0.0, u = 0x1p-24;
+    if (kind == GELU) {
+        want = gelu64(x);
+        double w = fabs(1.6 * (x + 0.044715 * x * x * x));
+        allowed = fabs(want) * u * (8.0 + 4.0 * w) + 1e-36;
+    } else if (kind == GELU_GRAD) {
+        want = dy * gelu_slope64(x);
+        allowed = fabs(dy) * u * 64.0;
+    } else if (kind == NORM) {
+        double g = (double)to_float(in.gain[c]), b = (double)to_float(in.bias[c]), n = (x - (double)in.mean[r]) * (double)in.rstd[r];
+        want = n * g + b;
+        allowed = 8.0 * u * (fabs(n * g) + fabs(b));
+    }
+    expect_near(got, want, allowed + (fabs(want) + allowed) * rounding_of<T>(), "%s: kind %d at (%d, %d)", text, kind, r, c);
+}
+
+// Sums of the columns of v (rows, C), as finish_columns leaves them, against float64
+template <class T> static void check_column_sums(const T* v, float* partial, int rows, int C, const char* text) {
+    Array<float> grad(C);
+    finish_columns(grad, partial, strips_of(rows), C, false, NULL);
+    finish();
+    for (int c = 0; c < C; c++) {
+        double sum = 0, size = 0;
+        for (int r = 0; r < rows; r++) { sum += (double)to_float(v[r * C + c]); size += fabs((double)to_float(v[r * C + c])); }
+        expect_near((double)grad[c], sum, 16.0 * 0x1p-24 * size, "%s: sum of column %d", text, c);
+    }
+}
+
+template <class T> static void check_sources(void) {
+    for (int rows : rows_list) {
+        for (int C : width_list) {
+            Inputs<T> in(rows, C);
+            char text[128];
+            print_size<T>(text, sizeof(text), "source", rows, C);
+            for (int kind = GELU; kind < KINDS; kind++) {
+                Array<T> y((size_t)rows * C), again((size_t)rows * C);
+                Array<float> partial((size_t)strips_of(rows) * C);
+                produce_kind((Kind)kind, Tensor{y, DTypeOf<T>::value, NULL}, NULL, in, Quantisation{}, NULL);
+                for (int r = 0; r < rows; r++) {
+                    for (int c = 0; c < C; c++) { check_value((Kind)kind, in, r, c, (double)to_float(y[r * C + c]), text); }
+                }
+                produce_kind((Kind)kind, Tensor{again, DTypeOf<T>::value, NULL}, partial, in, Quantisation{}, NULL);
+                assert_memory_equal(y.p, again.p, y.n * sizeof(T));
+                check_column_sums(y.p, partial, rows, C, text);
+            }
+            // a tensor that is there already is not touched, only summed
+            Array<T> before((size_t)rows * C);
+            memcpy((void*)before.p, in.x.p, in.x.n * sizeof(T));
+            Array<float> partial((size_t)strips_of(rows) * C);
+            produce_kind(TENSOR, Tensor{in.x, DTypeOf<T>::value, NULL}, NULL, in, Quantisation{}, NULL);
+            produce_kind(TENSOR, Tensor{in.x, DTypeOf<T>::value, NULL}, partial, in, Quantisation{}, NULL);
+            assert_memory_equal(before.p, in.x.p, in.x.n * sizeof(T));
+            check_column_sums(in.x.p, partial, rows, C, text);
+        }
+    }
+}
+
+static void sources_match_float64_in_fp32(void**) { check_sources<float>(); }
+static void sources_match_float64_in_bf16(void**) { check_sources<bf16>(); }
+
+static void gelu_of_extreme_numbers(void**) {
+    const float list[] = {0.0f, -0.0f, 1e-30f, -1e-30f, 4.9f, 5.1f, -4.9f, -8.0f, -9.7f, -10.5f, 30.0f, -30.0f, 1e4f, -1e4f, 1e15f, -1e15f, INFINITY, NAN};
+    const int n = (int)(sizeof(list) / sizeof(list[0]));
+    Inputs<float> in(1, n);
+    for (int i = 0; i < n; i++) { in.x[i] = list[i]; in.dy[i] = 1.0f; }
+    Array<float> y(n), slope(n);
+    produce_kind(GELU, Tensor{y, FP32, NULL}, NULL, in, Quantisation{}, NULL);
+    produce_kind(GELU_GRAD, Tensor{slope, FP32, NULL}, NULL, in, Quantisation{}, NULL);
+    for (int i = 0; i < n; i++) {
+        double x = (double)list[i];
+        if (x != x) { assert_true(isnan(y[i]) && isnan(slope[i])); continue; }
+        expect_near((double)y[i], isinf(x) ? x : gelu64(x), fabs(gelu64(x)) * 3e-5 + 1e-36, "gelu(%g)", x);
+        if (!isinf(x)) { expect_near((double)slope[i], gelu_slope64(x), 4e-6, "gelu'(%g)", x); }
+    }
+}
+
+// The definition and finite differences in float64 confirm what the kernels are compared with.
+static void gelu_is_as_defined_and_its_slope_is_its_derivative(void**) {
+    for (double x = -8.0; x < 8.0; x += 0.01) {
+        expect_near(gelu64(x), 0.5 * x * (1.0 + tanh(sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x))), 1e-14, "gelu(%g)", x);
+        expect_near((gelu64(x + 1e-5) - gelu64(x - 1e-5)) / 2e-5, gelu_slope64(x), 1e-9, "gelu'(%g)", x);
+    }
+}
+
+// ---- quantisation ----
+
+static const int SITE = 1;  // of three: the neighbours must stay as they are
+
+struct SiteArrays {
+    Array<uint32_t> amax, current;
+    Array<float> history, slots, largest;
+    Sites sites;
+    SiteArrays() : amax(3), current(1), history(3 * AMAX_WINDOW), slots(12), largest(3) {
+        sites = Sites{3, amax, current, history, slots, largest};
+        amax.fill(0);
+        history.fill(0.0f);
+        run_rows(ResetSlots{slots}, 3, NULL);
+        finish();
+        for (int i = 0; i < 3; i++) { largest[i] = 448.0f; }
+    }
+    void set_scale(float scale) {
+        slots[4 * SITE] = 1.0f / scale;
+        slots[4 * SITE + 1] = scale;
+    }
+};
+
+template <class D> static void expect_codes(const D* got, const bf16* v, float scale, int rows, int C, const char* text) {
+    for (int i = 0; i < rows * C; i++) {
+        D want = encoded<D>(to_float(v[i]) * scale);
+        if (got[i].bits != want.bits) { fail_msg("%s: code %d is 0x%x, not 0x%x", text, i, got[i].bits, want.bits); }
+    }
+}
+
+static void expect_slot(const float* slot, float scale) {
+    assert_true(slot[1] == scale && slot[0] == 1.0f / scale);
+    assert_true(slot[2] == 0.0f && slot[3] == 0.0f);
+}
+
+static uint32_t amax_of(const bf16* v, int n) {
+    uint32_t top = 0;
+    for (int i = 0; i < n; i++) { top = max_of(top, float_to_bits(to_float(v[i])) & 0x7fffffffu); }
+    return top;
+}
+
+template <class D> static void check_quantisation(Kind kind, int rows, int C, bool sums) {
+    DType d = DTypeOf<D>::value;
+    char text[128];
+    snprintf(text, sizeof(text), "kind %d to %s (%d, %d)%s", kind, dtype_names[d], rows, C, sums ? " with sums" : "");
+    Inputs<bf16> in(rows, C);
+    size_t n = (size_t)rows * C;
+    Array<bf16> v(n), raw(n);
+    Array<D> y(n), again(n);
+    Array<float> partial((size_t)strips_of(rows) * C), first_partial((size_t)strips_of(rows) * C), slot(4);
+    if (kind == TENSOR) { memcpy((void*)v.p, in.x.p, n * sizeof(bf16)); }
+    else { produce_kind(kind, Tensor{v, BF16, NULL}, NULL, in, Quantisation{}, NULL); }
+    uint32_t top = amax_of(v, (int)n);
+    float right = scale_from_amax(bits_to_float(top), largest_of(d), 0, 1.0f);
+    SiteArrays s;
+    s.sites.largest[SITE] = largest_of(d);
+
+    // the site's scale, too large by 8: some elements saturate. Its amax is that of the tensor, and a larger one seen before stays.
+    s.set_scale(8.0f * right);
+    Quantisation q = {&s.sites, SITE, false, true, false};
+    produce_kind(kind, Tensor{y, d, slot}, sums ? partial.p : NULL, in, q, NULL);
+    expect_slot(slot, 8.0f * right);
+    expect_codes(y.p, v, 8.0f * right, rows, C, text);
+    assert_int_equal(s.amax[SITE], top);
+    if (sums) {
+        memcpy(first_partial.p, partial.p, partial.n * sizeof(float));
+        check_column_sums(v.p, partial, rows, C, text);
+    }
+    s.amax[SITE] = top + 1;
+    produce_kind(kind, Tensor{y, d, slot}, sums ? partial.p : NULL, in, q, NULL);
+    assert_int_equal(s.amax[SITE], top + 1);
+    s.amax[SITE] = 0;
+
+    // recompute: the slot's own scale, which no site knows; nothing is recorded
+    s.set_scale(0.125f);
+    slot[0] = 1.0f / right; slot[1] = right;
+    for (bool just_in_time : {false, true}) {
+        produce_kind(kind, Tensor{y, d, slot}, sums ? partial.p : NULL, in, Quantisation{&s.sites, SITE, just_in_time, false, true}, raw);
+        expect_slot(slot, right);
+        expect_codes(y.p, v, right, rows, C, text);
+        assert_int_equal(s.amax[SITE], 0);
+    }
+
+    // just in time: the scale is that of the tensor, and the codes are those of the way above
+    memset((void*)slot.p, 0, 16);
+    slot[0] = slot[1] = 1.0f;
+    for (bool record : {false, true}) {
+        memset((void*)again.p, 0xff, n);
+        produce_kind(kind, Tensor{again, d, slot}, sums ? partial.p : NULL, in, Quantisation{&s.sites, SITE, true, record, false}, kind == TENSOR ? NULL : raw.p);
+        expect_slot(slot, right);
+        assert_memory_equal(again.p, y.p, n);
+        assert_int_equal(s.amax[SITE], record ? top : 0);
+        if (sums) { assert_memory_equal(partial.p + (strips_of(rows) > 1 ? C : 0), first_partial.p + (strips_of(rows) > 1 ? C : 0), C * sizeof(float)); }
+    }
+    expect_slot(s.slots + 4 * SITE, 0.125f);
+    for (int other : {0, 2}) {
+        assert_int_equal(s.amax[other], 0);
+        expect_slot(s.slots + 4 * other, 1.0f);
+    }
+}
+
+static void codes_scales_and_amaxes_are_exact(void**) {
+    for (int rows : rows_list) {
+        for (int C : width_list) {
+            for (int kind = 0; kind < KINDS; kind++) {
+                for (bool sums : {false, true}) {
+                    check_quantisation<e4m3>((Kind)kind, rows, C, sums);
+                    check_quantisation<e5m2>((Kind)kind, rows, C, sums);
+                }
+            }
+        }
+    }
+}
+
+static void the_amax_is_the_maximum_over_micro_batches(void**) {
+    SiteArrays s;
+    Array<float> slot(4);
+    for (bool just_in_time : {false, true}) {
+        uint32_t top = 0;
+        s.amax[SITE] = 0;
+        for (int k = 0; k < 5; k++) {
+            Inputs<bf16> in(33, 48);
+            Array<e4m3> y(33 * 48);
+            slot.fill(1.0f);
+            produce_kind(TENSOR, Tensor{y, E4M3, slot}, NULL, in, Quantisation{&s.sites, SITE, just_in_time, true, false}, NULL);
+            top = max_of(top, amax_of(in.x, 33 * 48));
+            assert_int_equal(s.amax[SITE], top);
+        }
+    }
+}
+
+// A NaN or inf is seen: in the code (NaN), in the amax, and by UpdateSites, which then keeps history and scale. The other elements keep their codes.
+static void nan_and_inf_are_not_lost(void**) {
+    for (float bad : {NAN, -NAN, INFINITY, -INFINITY}) {
+        for (bool just_in_time : {false, true}) {
+            for (bool sums : {false, true}) {
+                Inputs<bf16> in(33, 48);
+                Array<e4m3> y(33 * 48);
+                Array<float> slot(4), partial(2 * 48);
+                SiteArrays s;
+                s.set_scale(4.0f);
+                slot[0] = 0.25f; slot[1] = 4.0f; slot[2] = slot[3] = 0.0f;
+                from_float(in.x[500], bad);
+                produce_kind(TENSOR, Tensor{y, E4M3, slot}, sums ? partial.p : NULL, in, Quantisation{&s.sites, SITE, just_in_time, true, false}, NULL);
+                assert_int_equal(y[500].bits, isnan(bad) ? 0x7f : bad > 0 ? 0x7e : 0xfe);
+                assert_true(isnan(bad) ? s.amax[SITE] > 0x7f800000u : s.amax[SITE] == 0x7f800000u);
+                expect_slot(slot, 4.0f);
+                expect_codes(y.p, in.x, 4.0f, 33, 48, "beside a NaN");
+                if (sums) {
+                    assert_true(isnan(bad) ? isnan(partial[500 % 48]) : partial[500 % 48] == bad);  // row 10: the first strip
+                    assert_true(isfinite(partial[48 + 500 % 48]) && isfinite(partial[500 % 48 + 1]));
+                }
+                s.history[SITE * AMAX_WINDOW + 3] = 7.0f;
+                run_rows(UpdateSites{s.sites, 5}, 3, NULL);
+                finish();
+                assert_int_equal(s.amax[SITE], 0);
+                for (int k = 0; k < AMAX_WINDOW; k++) { assert_true(s.history[SITE * AMAX_WINDOW + k] == (k == 3 ? 7.0f : 0.0f)); }
+                expect_slot(s.slots + 4 * SITE, 64.0f);  // 7·64 = 448
+            }
+        }
+    }
+}
+
+static void a_tensor_of_zeros_keeps_its_scale(void**) {
+    Inputs<bf16> in(2, 16);
+    memset((void*)in.x.p, 0, 2 * 16 * sizeof(bf16));
+    from_float(in.x[3], -0.0f);
+    Array<e4m3> y(32);
+    Array<float> slot(4);
+    SiteArrays s;
+    slot[0] = 0.25f; slot[1] = 4.0f; slot[2] = slot[3] = 0.0f;
+    produce_kind(TENSOR, Tensor{y, E4M3, slot}, NULL, in, Quantisation{&s.sites, SITE, true, true, false}, NULL);
+    expect_slot(slot, 4.0f);
+    for (int i = 0; i < 32; i++) { assert_int_equal(y[i].bits, i == 3 ? 0x80 : 0); }
+}
+
+// An independent account of the window: the values of the last 16 steps by their step, a non-finite step leaving the value that was there
+static void sites_take_the_maximum_of_sixteen_steps(void**) {
+    SiteArrays s;
+    s.largest[0] = 57344.0f;
+    std::vector<double> seen[3];
+    float scale[3] = {1.0f, 1.0f, 1.0f};
+    for (int step = 0; step < 100; step++) {
+        for (int i = 0; i < 3; i++) {
+            float amax = step % 37 == 5 ? 1000.0f : i == 2 && step >= 20 && step < 60 ? 0.0f : (float)exp2(uniform(-10, 2));
+            if (step % 7 == 3) { amax = i == 0 ? NAN : i == 1 ? INFINITY : amax; }
+            s.amax[i] = float_to_bits(amax) & 0x7fffffffu;
+            double old = step >= 16 ? seen[i][(size_t)step - 16] : 0.0;
+            seen[i].push_back(isfinite(amax) ? (double)amax : old);
+            double top = 0.0;
+            for (int k = max_of(0, step - 15); k <= step; k++) { top = fmax(top, seen[i][(size_t)k]); }
+            if (top > 0.0) {
+                int e = -200;
+                while (ldexp(top, e + 1) <= (double)s.largest[i]) { e++; }
+                scale[i] = ldexpf(1.0f, e);
+            }
+        }
+        run_rows(UpdateSites{s.sites, step}, 3, NULL);
+        finish();
+        for (int i = 0; i < 3; i++) {
+            if (s.slots[4 * i + 1] != scale[i]) { fail_msg("step %d, site %d: scale %g, not %g", step, i, (double)s.slots[4 * i + 1], (double)scale[i]); }
+            expect_slot(s.slots + 4 * i, scale[i]);
+            assert_int_equal(s.amax[i], 0);
+        }
+    }
+}
+
+static void an_outlier_leaves_the_window_after_sixteen_steps(void**) {
+    SiteArrays s;
+    for (int step = 0; step < 40; step++) {
+        s.amax[SITE] = float_to_bits(step == 10 ? 448.0f : 7.0f);
+        run_rows(UpdateSites{s.sites, step}, 3, NULL);
+        finish();
+        expect_slot(s.slots + 4 * SITE, step >= 10 && step < 26 ? 1.0f : 64.0f);
+    }
+}
+
+static void types_without_a_kernel_are_refused(void**) {
+    expect_end(1, "fp32", "e4m3", [] { with_types(FP32, E4M3, [](auto, auto) {}); });
+    expect_end(1, "bf16", "fp32", [] { with_types(BF16, FP32, [](auto, auto) {}); });
+    expect_end(1, "fp16", NULL, [] { with_type(FP16, [](auto) {}); });
+}
+
+static void column_sums_are_added_to_the_gradient(void**) {
+    for (int C : width_list) {
+        Array<float> partial(3 * C), copy(3 * C), grad(C), old(C);
+        fill_normal(partial, 0.0, 1.0);
+        fill_normal(grad, 0.0, 1.0);
+        memcpy(copy.p, partial.p, copy.n * 4);
+        memcpy(old.p, grad.p, old.n * 4);
+        finish_columns(grad, partial, 3, C, true, NULL);
+        finish();
+        for (int c = 0; c < C; c++) { assert_true(grad[c] == old[c] + (copy[c] + copy[C + c] + copy[2 * C + c])); }
+    }
+}
+
+static void sums_and_amaxes_do_not_depend_on_threads(void**) {
+    Inputs<bf16> in(321, 129);
+    std::vector<char> first;
+    for (int threads = 1; threads <= 3; threads++) {
+        Array<e5m2> y(321 * 129);
+        Array<float> slot(4), partial((size_t)strips_of(321) * 129), grad(129);
+        SiteArrays s;
+        slot.fill(0.0f);
+        with_threads(threads, [&] {
+            produce_kind(GELU_GRAD, Tensor{y, E5M2, slot}, partial, in, Quantisation{&s.sites, SITE, false, true, false}, NULL);
+            finish_columns(grad, partial, strips_of(321), 129, false, NULL);
+        });
+        finish();
+        std::vector<char> all((const char*)y.p, (const char*)y.p + y.n);
+        all.insert(all.end(), (const char*)grad.p, (const char*)(grad.p + grad.n));
+        all.insert(all.end(), (const char*)s.amax.p, (const char*)(s.amax.p + 3));
+        if (threads == 1) { first = all; }
+        assert_true(all == first);
+    }
+}
+
+// ---- LayerNorm ----
+
+template <class T> static void check_layernorm_forward(int rows, int C, bool add) {
+    char text[128];
+    print_size<T>(text, sizeof(text), add ? "layernorm of a sum" : "layernorm", rows, C);
+    size_t n = (size_t)rows * C;
+    Inputs<T> in(rows, C);
+    Array<T> delta(n), sum(n), y(n);
+    Array<float> mean(rows), rstd(rows);
+    fill_normal(delta, -0.5, 1.0);
+    LayerNormInputs l = {sum, in.x, add ? delta.p : NULL, in.gain, in.bias, mean, rstd};
+    layernorm_forward(Tensor{y, DTypeOf<T>::value, NULL}, l, DTypeOf<T>::value, Quantisation{}, NULL, rows, C, NULL);
+    finish();
+    std::vector<double> x(C);
+    for (int r = 0; r < rows; r++) {
+        for (int c = 0; c < C; c++) {
+            float v = to_float(in.x[r * C + c]);
+            if (add) {
+                v = round_to<T>(v + to_float(delta[r * C + c]));
+                assert_true(to_float(sum[r * C + c]) == v);
+            }
+            x[c] = (double)v;
+        }
+        Norm64 m = norm64(x.data(), C);
+        double u = 0x1p-24, shift = 1.0 + m.top * m.rstd;
+        expect_near((double)mean[r], m.mean, 8.0 * u * m.top, "%s: mean of row %d", text, r);
+        expect_near((double)rstd[r], m.rstd, 16.0 * u * m.rstd, "%s: rstd of row %d", text, r);
+        for (int c = 0; c < C; c++) {
+            double g = (double)to_float(in.gain[c]), b = (double)to_float(in.bias[c]), norm = (x[c] - m.mean) * m.rstd, want = norm * g + b;
+            double allowed = 16.0 * u * (fabs(g) * (fabs(norm) + shift) + fabs(b));
+            expect_near((double)to_float(y[r * C + c]), want, allowed + (fabs(want) + allowed) * rounding_of<T>(), "%s: y(%d, %d)", text, r, c);
+        }
+    }
+    if (!add) { for (size_t i = 0; i < n * sizeof(T); i++) { assert_int_equal(((unsigned char*)sum.p)[i], 0xff); } }
+}
+
+static void layernorm_matches_float64(void**) {
+    for (int rows : rows_list) {
+        for (int C : width_list) {
+            for (bool add : {false, true}) {
+                check_layernorm_forward<float>(rows, C, add);
+                check_layernorm_forward<bf16>(rows, C, add);
+            }
+        }
+    }
+}
+
+// A row of equal numbers has variance 0: eps keeps the result finite. One NaN or inf makes its row NaN and no other.
+static void layernorm_of_constant_and_non_finite_rows(void**) {
+    const int rows = 3, C = 48;
+    Inputs<float> in(rows, C);
+    Array<float> y(rows * C), mean(rows), rstd(rows);
+    for (int c = 0; c < C; c++) { in.x[c] = 3.0f; }
+    for (float bad : {NAN, INFINITY, -INFINITY}) {
+        in.x[C + 5] = bad;
+        layernorm_forward(Tensor{y, FP32, NULL}, LayerNormInputs{NULL, in.x, NULL, in.gain, in.bias, mean, rstd}, FP32, Quantisation{}, NULL, rows, C, NULL);
+        finish();
+        for (int c = 0; c < C; c++) {
+            assert_true(y[c] == in.bias[c]);
+            assert_true(isnan(y[C + c]) && isfinite(y[2 * C + c]));
+        }
+    }
+}
+
+// The fused kernel's codes (from the site's scale, or just in time) are those of two passes, and those that recompute makes from the kept statistics.
+template <class D> static void check_layernorm_codes(int rows, int C, bool add, bool just_in_time) {
+    DType d = DTypeOf<D>::value;
+    size_t n = (size_t)rows * C;
+    Inputs<bf16> in(rows, C);
+    Array<bf16> delta(n), sum(n), v(n), raw(n);
+    Array<D> y(n), again(n);
+    Array<float> slot(4);
+    fill_normal(delta, -0.5, 1.0);
+    SiteArrays s;
+    LayerNormInputs l = {sum, in.x, add ? delta.p : NULL, in.gain, in.bias, in.mean, in.rstd};
+    layernorm_forward(Tensor{v, BF16, NULL}, l, BF16, Quantisation{}, NULL, rows, C, NULL);
+    finish();
+    uint32_t top = amax_of(v, (int)n);
+    float scale = scale_from_amax(bits_to_float(top), largest_of(d), 0, 1.0f);
+    if (!just_in_time) { scale *= 4.0f; s.set_scale(scale); }
+    memset((void*)slot.p, 0, 16);
+    for (bool record : {false, true}) {
+        memset((void*)y.p, 0xff, n);
+        layernorm_forward(Tensor{y, d, slot}, l, BF16, Quantisation{&s.sites, SITE, just_in_time, record, false}, raw, rows, C, NULL);
+        finish();
+        expect_slot(slot, scale);
+        expect_codes(y.p, v, scale, rows, C, "layernorm");
+        assert_int_equal(s.amax[SITE], record ? top : 0);
+    }
+    Inputs<bf16> kept(rows, C);
+    memcpy((void*)kept.x.p, add ? sum.p : in.x.p, n * sizeof(bf16));
+    memcpy((void*)kept.gain.p, in.gain.p, C * sizeof(bf16));
+    memcpy((void*)kept.bias.p, in.bias.p, C * sizeof(bf16));
+    memcpy(kept.mean.p, in.mean.p, rows * sizeof(float));
+    memcpy(kept.rstd.p, in.rstd.p, rows * sizeof(float));
+    s.amax[SITE] = 0;
+    produce_kind(NORM, Tensor{again, d, slot}, NULL, kept, Quantisation{&s.sites, SITE, just_in_time, false, true}, raw);
+    assert_memory_equal(y.p, again.p, n);
+    expect_slot(slot, scale);
+    assert_int_equal(s.amax[SITE], 0);
+}
+
+static void layernorm_codes_are_the_same_fused_in_two_passes_and_recomputed(void**) {
+    for (int rows : rows_list) {
+        for (int C : width_list) {
+            for (int way = 0; way < 4; way++) {
+                check_layernorm_codes<e4m3>(rows, C, way % 2 == 1, way / 2 == 1);
+                check_layernorm_codes<e5m2>(rows, C, way % 2 == 1, way / 2 == 1);
+            }
+        }
+    }
+}
+
+// dL/dx of L = Σ dy·LayerNorm(x), a row in float64; size: the sum of the magnitudes that make it up
+static void layernorm_gradient64(double* dx, double* size, const double* x, const double* dy, const double* gain, int C) {
+    Norm64 m = norm64(x, C);
+    double a = 0, b = 0, a_size = 0, b_size = 0;
+    for (int c = 0; c < C; c++) {
+        double dn = dy[c] * gain[c], norm = (x[c] - m.mean) * m.rstd;
+        a += dn / C; b += dn * norm / C; a_size += fabs(dn) / C; b_size += fabs(dn * norm) / C;
+    }
+    for (int c = 0; c < C; c++) {
+        double dn = dy[c] * gain[c], norm = (x[c] - m.mean) * m.rstd;
+        dx[c] = (dn - a - norm * b) * m.rstd;
+        size[c] = (fabs(dn) + a_size + (fabs(norm) + m.top * m.rstd) * b_size) * m.rstd;
+    }
+}
+
+template <class T> static void check_layernorm_backward(int rows, int C, bool accumulate) {
+    char text[128];
+    print_size<T>(text, sizeof(text), "layernorm backward", rows, C);
+    size_t n = (size_t)rows * C;
+    Inputs<T> in(rows, C);
+    Array<T> dx(n), old(n);
+    Array<float> dgain(C), dbias(C), partial((size_t)2 * strips_of(rows) * C);
+    fill_normal(old, 0.0, 1.0);
+    if (accumulate) {
+        memcpy((void*)dx.p, old.p, n * sizeof(T));
+        dgain.fill(1.5f);
+        dbias.fill(-2.5f);
+    }
+    LayerNormInputs l = {NULL, in.x, NULL, in.gain, in.bias, in.mean, in.rstd};
+    layernorm_backward(dx, dgain, dbias, partial, in.dy, l, DTypeOf<T>::value, accumulate, accumulate, rows, C, NULL);
+    finish();
+    std::vector<double> x(C), dy(C), gain(C), want(C), size(C), sums(2 * C), sizes(2 * C);
+    double u = 0x1p-24;
+    for (int c = 0; c < C; c++) {
+        gain[c] = (double)to_float(in.gain[c]);
+        if (accumulate) { sums[c] = 1.5; sums[C + c] = -2.5; sizes[c] = 1.5; sizes[C + c] = 2.5; }
+    }
+    for (int r = 0; r < rows; r++) {
+        for (int c = 0; c < C; c++) { x[c] = (double)to_float(in.x[r * C + c]); dy[c] = (double)to_float(in.dy[r * C + c]); }
+        layernorm_gradient64(want.data(), size.data(), x.data(), dy.data(), gain.data(), C);
+        Norm64 m = norm64(x.data(), C);
+        for (int c = 0; c < C; c++) {
+            double before = accumulate ? (double)to_float(old[r * C + c]) : 0.0, allowed = 32.0 * u * (size[c] + fabs(before));
+            double w = want[c] + before, norm = (x[c] - m.mean) * m.rstd;
+            expect_near((double)to_float(dx[r * C + c]), w, allowed + (fabs(w) + allowed) * rounding_of<T>(), "%s: dx(%d, %d)", text, r, c);
+            sums[c] += dy[c] * norm;
+            sizes[c] += fabs(dy[c]) * (fabs(norm) + m.top * m.rstd);
+            sums[C + c] += dy[c];
+            sizes[C + c] += fabs(dy[c]);
+        }
+    }
+    for (int c = 0; c < C; c++) {
+        expect_near((double)dgain[c], sums[c], 16.0 * u * sizes[c], "%s: dgain(%d)", text, c);
+        expect_near((double)dbias[c], sums[C + c], 16.0 * u * sizes[C + c], "%s: dbias(%d)", text, c);
+    }
+}
+
+static void layernorm_backward_matches_float64(void**) {
+    for (int rows : rows_list) {
+        for (int C : width_list) {
+            for (bool accumulate : {false, true}) {
+                check_layernorm_backward<float>(rows, C, accumulate);
+                check_layernorm_backward<bf16>(rows, C, accumulate);
+            }
+        }
+    }
+}
+
+// Finite differences in float64 confirm the gradient that the kernel is compared with.
+static void the_gradient_of_layernorm_is_its_derivative(void**) {
+    for (int C : {1, 3, 16, 129}) {
+        std::vector<double> x(C), dy(C), gain(C), want(C), size(C);
+        for (int c = 0; c < C; c++) { x[c] = 0.3 + normal(); dy[c] = normal(); gain[c] = 1.0 + 0.3 * normal(); }
+        layernorm_gradient64(want.data(), size.data(), x.data(), dy.data(), gain.data(), C);
+        for (int c = 0; c < C; c++) {
+            double loss[2], h = 1e-5, kept = x[c];
+            for (int side = 0; side < 2; side++) {
+                x[c] = kept + (side == 0 ? -h : h);
+                Norm64 m = norm64(x.data(), C);
+                loss[side] = 0;
+                for (int k = 0; k < C; k++) { loss[side] += dy[k] * gain[k] * (x[k] - m.mean) * m.rstd; }
+            }
+            x[c] = kept;
+            expect_near((loss[1] - loss[0]) / (2.0 * h), want[c], 1e-6 * (size[c] + 1.0), "width %d: derivative by x(%d)", C, c);
+        }
+    }
+}
+
+// ---- embedding ----
+
+// Positions grouped by token, as the trainer makes them
+struct Groups {
+    Array<int> order, first, token;
+    TokenGroups groups;
+    Groups(const int* tokens, int rows) : order(rows), first(rows + 1), token(rows) {
+        for (int i = 0; i < rows; i++) { order[i] = i; }
+        std::stable_sort(order.p, order.p + rows, [=](int a, int b) { return tokens[a] < tokens[b]; });
+        int count = 0;
+        for (int i = 0; i < rows; i++) {
+            if (i == 0 || tokens[order[i]] != tokens[order[i - 1]]) { token[count] = tokens[order[i]]; first[count++] = i; }
+        }
+        first[count] = rows;
+        groups = TokenGroups{order, first, token, count};
+    }
+};
+
+template <class T> static void check_embedding(int B, int T_, int C) {
+    const int V = 19;
+    int rows = B * T_;
+    size_t n = (size_t)rows * C;
+    Array<T> x(n), plain(n), wte((size_t)V * C), wpe((size_t)(T_ + 2) * C), dx(n);
+    Array<int> tokens(rows);
+    Array<float> dwte((size_t)V * C), dwpe((size_t)(T_ + 2) * C);
+    fill_normal(wte, 0.0, 1.0);
+    fill_normal(wpe, 0.0, 1.0);
+    fill_normal(dx, 0.0, 1.0);
+    for (int i = 0; i < rows; i++) { tokens[i] = i % 3 == 0 ? 7 : i == 1 ? 0 : i == 2 ? V - 1 : (int)(random_u32() % V); }
+    run_rows(EmbeddingForward<T>{plain, tokens, wte, NULL, T_, C}, rows, NULL);
+    run_rows(EmbeddingForward<T>{x, tokens, wte, wpe, T_, C}, rows, NULL);
+    finish();
+    for (int r = 0; r < rows; r++) {
+        assert_memory_equal(plain.p + (size_t)r * C, wte.p + (size_t)tokens[r] * C, C * sizeof(T));
+        for (int c = 0; c < C; c++) {
+            assert_true(to_float(x[r * C + c]) == round_to<T>(to_float(wte[tokens[r] * C + c]) + to_float(wpe[r % T_ * C + c])));
+        }
+    }
+    // gradients: in the order of the positions, so the sum is exact to the bit
+    std::vector<float> want((size_t)V * C), want_position((size_t)(T_ + 2) * C, 0.25f);
+    for (size_t i = 0; i < want.size(); i++) { dwte[i] = want[i] = (float)normal(); }
+    dwpe.fill(0.25f);
+    Groups g(tokens, rows);
+    for (int micro = 0; micro < 2; micro++) {
+        run_rows(EmbeddingBackward<T>{dwte, dx, g.groups, C}, g.groups.groups, NULL);
+        run_rows(PositionBackward<T>{dwpe, dx, B, T_, C, micro > 0}, T_, NULL);
+        finish();
+        for (int r = 0; r < rows; r++) {
+            for (int c = 0; c < C; c++) {
+                float d = to_float(dx[r * C + c]);
+                want[(size_t)tokens[r] * C + c] += d;
+                float& p = want_position[(size_t)(r % T_) * C + c];
+                p = micro == 0 && r < T_ ? d : p + d;
+            }
+        }
+        assert_memory_equal(dwte.p, want.data(), want.size() * sizeof(float));
+        assert_memory_equal(dwpe.p, want_position.data(), want_position.size() * sizeof(float));  // positions beyond T stay
+    }
+}
+
+static void embedding_forward_and_backward_are_exact(void**) {
+    for (int C : width_list) {
+        for (int B : {1, 3}) {
+            for (int T_ : {1, 2, 11, 33}) {
+                check_embedding<float>(B, T_, C);
+                check_embedding<bf16>(B, T_, C);
+            }
+        }
+    }
+}
+
+// ---- cross-entropy ----
+
+enum Logits { NORMAL_LOGITS, LARGE_LOGITS, HUGE_LOGITS, EQUAL_LOGITS, LOGITS };
+
+template <class T> static void check_cross_entropy(int rows, int V, int padded, Logits kind) {
+    char text[128];
+    snprintf(text, sizeof(text), "cross-entropy, %s, %d rows, %d of %d columns, kind %d", dtype_names[DTypeOf<T>::value], rows, V, padded, kind);
+    size_t n = (size_t)rows * padded;
+    Array<T> z(n), before(n);
+    Array<int> targets(rows);
+    Array<float> losses(rows);
+    const float garbage[] = {NAN, INFINITY, -INFINITY, 1e30f, -1e30f, bits_to_float(0xffc00000u)};
+    for (int r = 0; r < rows; r++) {
+        for (int c = 0; c < padded; c++) {
+            double x = kind == NORMAL_LOGITS ? normal() : kind == LARGE_LOGITS ? 80.0 * normal() : kind == HUGE_LOGITS ? 1e6 * normal() : 3.0;
+            from_float(z[r * padded + c], c < V ? (float)x : garbage[(r + c) % 6]);
+        }
+        targets[r] = r == 0 ? 0 : r == 1 ? V - 1 : (int)(random_u32() % (uint32_t)V);
+    }
+    memcpy((void*)before.p, z.p, n * sizeof(T));
+    float weight = 1.0f / 96.0f;
+    run_rows(CrossEntropy<T>{losses, z, targets, weight, V, padded, false}, rows, NULL);
+    finish();
+    assert_memory_equal(before.p, z.p, n * sizeof(T));
+    std::vector<float> forward_losses(losses.p, losses.p + rows);
+    run_rows(CrossEntropy<T>{losses, z, targets, weight, V, padded, true}, rows, NULL);
+    finish();
+    assert_memory_equal(losses.p, forward_losses.data(), rows * sizeof(float));
+    for (int r = 0; r < rows; r++) {
+        const T* old = before.p + (size_t)r * padded;
+        double top = -INFINITY, total = 0, at_target = (double)to_float(old[targets[r]]), u = 0x1p-24, w = (double)weight, sum = 0;
+        for (int c = 0; c < V; c++) { top = fmax(top, (double)to_float(old[c])); }
+        for (int c = 0; c < V; c++) { total += exp((double)to_float(old[c]) - top); }
+        expect_near((double)losses[r], top + log(total) - at_target, 8.0 * u * (fabs(top) + fabs(at_target) + log(total) + 1.0), "%s: loss of row %d", text, r);
+        for (int c = 0; c < padded; c++) {
+            double got = (double)to_float(z[r * padded + c]);
+            if (c >= V) { assert_true(got == 0.0); continue; }
+            double distance = (double)to_float(old[c]) - top, p = exp(distance) / total, want = (p - (c == targets[r] ? 1.0 : 0.0)) * w;
+            double allowed = w * u * (p * (32.0 + 2.0 * fabs(distance)) + (c == targets[r] ? 4.0 : 0.0)) + 1e-37;
+            expect_near(got, want, allowed + (fabs(want) + allowed) * rounding_of<T>(), "%s: gradient (%d, %d)", text, r, c);
+            sum += got;
+        }
+        expect_near(sum, 0.0, w * (64.0 * u + 2.0 * rounding_of<T>()), "%s: gradients of row %d sum to 0", text, r);
+    }
+}
+
+static void cross_entropy_matches_float64(void**) {
+    for (int rows : {1, 2, 33}) {
+        for (int V : {1, 3, 17, 50, 128, 300}) {
+            for (int padded : {V, V + 1, round_up(V, 128), round_up(V, 128) + 128}) {
+                for (int kind = 0; kind < LOGITS; kind++) {
+                    check_cross_entropy<float>(rows, V, padded, (Logits)kind);
+                    check_cross_entropy<bf16>(rows, V, padded, (Logits)kind);
+                }
+            }
+        }
+    }
+}
+
+// A logit that is not finite must be seen in the loss, in whichever column of the vocabulary it is; -inf is a token that cannot come.
+static void non_finite_logits_show_in_the_loss(void**) {
+    const int V = 50, padded = 64;
+    for (int at : {0, 7, 31, 49}) {
+        for (float bad : {NAN, bits_to_float(0xffc00000u), INFINITY}) {
+            Array<float> z(2 * padded), losses(2);
+            Array<int> targets(2);
+            fill_normal(z, 0.0, 1.0);
+            targets[0] = 7;
+            targets[1] = 7;
+            z[at] = bad;
+            run_rows(CrossEntropy<float>{losses, z, targets, 1.0f, V, padded, true}, 2, NULL);
+            finish();
+            assert_false(isfinite(losses[0]));
+            assert_true(isfinite(losses[1]));
+        }
+    }
+    Array<float> z(padded), losses(1);
+    Array<int> targets(1);
+    fill_normal(z, 0.0, 1.0);
+    z[3] = -INFINITY;
+    targets[0] = 7;
+    run_rows(CrossEntropy<float>{losses, z, targets, 1.0f, V, padded, true}, 1, NULL);
+    finish();
+    assert_true(isfinite(losses[0]) && z[3] == 0.0f);
+}
+
+static void losses_are_added_in_float64(void**) {
+    const int n = 1000;
+    Array<float> losses(n);
+    Array<double> total(1);
+    double want = total[0] = 0.125;
+    losses[0] = 1e9f;  // in float32 the rest would be lost
+    for (int i = 1; i < n; i++) { losses[i] = (float)uniform(0.0, 1.0); }
+    double sum = 0.0;
+    for (int i = 0; i < n; i++) { sum += (double)losses[i]; }
+    run_rows(AddLosses{total, losses, n}, 1, NULL);
+    finish();
+    assert_true(total[0] == want + sum);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(types_without_a_kernel_are_refused),
+        cmocka_unit_test(sources_match_float64_in_fp32),
+        cmocka_unit_test(sources_match_float64_in_bf16),
+        cmocka_unit_test(gelu_of_extreme_numbers),
+        cmocka_unit_test(gelu_is_as_defined_and_its_slope_is_its_derivative),
+        cmocka_unit_test(codes_scales_and_amaxes_are_exact),
+        cmocka_unit_test(the_amax_is_the_maximum_over_micro_batches),
+        cmocka_unit_test(nan_and_inf_are_not_lost),
+        cmocka_unit_test(a_tensor_of_zeros_keeps_its_scale),
+        cmocka_unit_test(sites_take_the_maximum_of_sixteen_steps),
+        cmocka_unit_test(an_outlier_leaves_the_window_after_sixteen_steps),
+        cmocka_unit_test(column_sums_are_added_to_the_gradient),
+        cmocka_unit_test(sums_and_amaxes_do_not_depend_on_threads),
+        cmocka_unit_test(layernorm_matches_float64),
+        cmocka_unit_test(layernorm_of_constant_and_non_finite_rows),
+        cmocka_unit_test(layernorm_codes_are_the_same_fused_in_two_passes_and_recomputed),
+        cmocka_unit_test(layernorm_backward_matches_float64),
+        cmocka_unit_test(the_gradient_of_layernorm_is_its_derivative),
+        cmocka_unit_test(embedding_forward_and_backward_are_exact),
+        cmocka_unit_test(cross_entropy_matches_float64),
+        cmocka_unit_test(non_finite_logits_show_in_the_loss),
+        cmocka_unit_test(losses_are_added_in_float64),
+    };
+    return RUN_TESTS(tests);
+}

@@ -1,0 +1,543 @@
+// The whole model against values from an independent implementation, finite differences, and itself in other precisions.
+#define TESTING
+#include "../train_gpt_fp8.cu"
+#include "golden/golden.h"
+#include <setjmp.h>
+extern "C" {
+#include <cmocka.h>
+}
+
+// ---- a model without a command line ----
+
+struct TestModel {
+    Model model;
+    Memory memory;
+    World world;
+    Group group;
+    HostBatch batch;
+};
+
+static GptConfig small_config(int layers, int heads, int width, int vocab, int T, int B, bool rope, bool tied, DType act, bool fp8) {
+    GptConfig c = {};
+    c.layers = layers;
+    c.heads = heads;
+    c.width = width;
+    c.vocab = vocab;
+    c.padded_vocab = round_up(vocab, 128);
+    c.positions = c.T = T;
+    c.B = B;
+    c.rope = rope;
+    c.tied = tied;
+    c.act = act;
+    c.fp8 = fp8;
+    c.scaling = SCALING_CURRENT;
+    c.fp8_fwd = E4M3;
+    c.fp8_bwd = E5M2;
+    c.seed = 7;
+    return c;
+}
+
+static TestModel* open_model(GptConfig c) {
+    TestModel* t = (TestModel*)host_alloc(sizeof(TestModel));
+    *t = TestModel{};
+    static int argc = 0;
+    static char** argv = NULL;
+    t->world = world_init(&argc, &argv);
+    world_select_device(&t->world);
+    t->group = group_world(&t->world, false);
+    model_plan(&t->model, &c, &t->group, &t->memory);
+    model_commit(&t->model, &t->group, &t->memory);
+    t->batch = host_batch_create(rows_of(&t->model));
+    return t;
+}
+static void close_model(TestModel* t) {
+    model_free(&t->model, &t->memory);
+    host_batch_free(&t->batch);
+    group_free(&t->group);
+    free(t);
+}
+
+static double loss_of(TestModel* t) {  // mean over the batch that was last uploaded
+    Model* m = &t->model;
+    device_zero(m->loss_total, sizeof(double), m->stream);
+    forward(m, m->config.B, INFER);
+    head_loss(m, m->config.B, false, 0.0f, false);
+    double total;
+    copy_to_host(&total, m->loss_total, sizeof(total), m->stream);
+    return total / rows_of(m);
+}
+
+static void use_masters(TestModel* t) { optimizer_cast_weights(&t->model.optimizer, &t->model.params, t->model.stream); }
+
+static double random_normal(uint64_t* state) {
+    *state += 1;
+    return param_normal(random_key(99, 0, 0), *state);
+}
+
+// ---- golden values ----
+
+static TestModel* open_golden(const Golden* g, int recompute, int* V) {
+    const int32_t* c = golden_find(*g, "config")->ints;  // L, C, NH, V, maxT, T, B, rope, tied
+    GptConfig config = small_config(c[0], c[2], c[1], c[3], c[5], c[6], c[7] != 0, c[8] != 0, FP32, false);
+    config.positions = c[4];
+    config.recompute = recompute;
+    *V = c[3];
+    TestModel* t = open_model(config);
+    Model* m = &t->model;
+    for (int i = 0; i < m->params.count; i++) {
+        Param* p = &m->params.items[i];
+        const GoldenTensor* values = golden_find(*g, p->name);
+        assert_int_equal((int64_t)values->count, p->valid_rows * p->cols);
+        device_zero(m->optimizer.master + p->offset, param_elements(p) * sizeof(float), m->stream);
+        copy_to_device(m->optimizer.master + p->offset, values->floats, (size_t)values->count * sizeof(float), m->stream);
+    }
+    memcpy(t->batch.tokens, golden_find(*g, "tokens")->ints, (size_t)rows_of(m) * sizeof(int32_t));
+    memcpy(t->batch.targets, golden_find(*g, "targets")->ints, (size_t)rows_of(m) * sizeof(int32_t));
+    return t;
+}
+
+static double distance(const float* a, const float* b, size_t n, double* norm) {
+    double d = 0.0, s = 0.0;
+    for (size_t i = 0; i < n; i++) {
+        d += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        s += (double)b[i] * b[i];
+    }
+    *norm = sqrt(s);
+    return sqrt(d);
+}
+
+// Fails on any error in the forward pass, the loss, or the backward pass of any tensor
+static void loss_logits_and_gradients_equal_pytorch(void** state) {
+    (void)state;
+    const char* paths[] = {"test/golden/case_a.bin", "test/golden/case_b.bin", "test/golden/case_c.bin", "test/golden/case_d.bin"};
+    for (const char* path : paths) {
+        Golden g = golden_open(path);
+        for (int recompute = 0; recompute <= 2; recompute++) {
+            int V;
+            TestModel* t = open_golden(&g, recompute, &V);
+            Model* m = &t->model;
+            int rows = rows_of(m);
+            micro_step(m, &t->batch, 0, 1.0f / (float)rows);
+            double total, norm;
+            copy_to_host(&total, m->loss_total, sizeof(total), m->stream);
+            double loss = golden_find(g, "loss")->floats[0];
+            assert_true(fabs(total / rows - loss) < 1e-4 * fabs(loss));
+            for (int i = 0; i < m->params.count; i++) {
+                const Param* p = &m->params.items[i];
+                char name[64];
+                snprintf(name, sizeof(name), "grad.%s", p->name);
+                const GoldenTensor* want = golden_find(g, name);
+                double d = distance(grad_of(m, p), want->floats, (size_t)want->count, &norm);
+                // the key bias moves all of a query's scores alike: its gradient is zero in truth and rounding noise in FP32
+                if (!(d <= 1e-4 * norm + 1e-6)) { fail_msg("%s recompute %d: gradient of %s is off by %g of %g", path, recompute, p->name, d, norm); }
+                for (size_t k = (size_t)want->count; k < param_elements(p); k++) { assert_true(grad_of(m, p)[k] == 0.0f); }
+            }
+            forward(m, m->config.B, INFER);
+            Tensor x = {m->narrow, FP32, NULL};
+            int padded = m->config.padded_vocab;
+            const GoldenTensor* logits = golden_find(g, "logits");
+            for (int first = 0; first < rows; first += m->head_rows) {
+                int n = min_of(m->head_rows, rows - first);
+                x.data = (float*)m->narrow + (size_t)first * m->config.width;
+                MatmulCall call = linear_call(m, m->logits, x, m->head, NULL, n);
+                matmul(&m->matmul, &call, m->stream);
+                for (int r = 0; r < n; r++) {
+                    double e = distance((float*)m->logits + (size_t)r * padded, logits->floats + (size_t)(first + r) * V, (size_t)V, &norm);
+                    assert_true(e <= 1e-4 * norm);
+                }
+            }
+            close_model(t);
+        }
+        golden_close(&g);
+    }
+}
+
+// Fails on a wrong offset, layer order, padded row or type in the import
+static void llmc_models_give_pytorchs_loss(void** state) {
+    (void)state;
+    Golden g = golden_open("test/golden/llmc.bin");
+    const GoldenTensor* tokens = golden_find(g, "tokens");
+    for (int version = 3; version <= 5; version += 2) {
+        LlmcModel file = llmc_open("--init", version == 3 ? "test/golden/llmc_v3.bin" : "test/golden/llmc_v5.bin");
+        GptConfig c = small_config(file.layers, file.heads, file.width, file.vocab, tokens->dims[1], tokens->dims[0], false, true, FP32, false);
+        c.positions = file.positions;
+        TestModel* t = open_model(c);
+        model_set_weights(&t->model, &file);
+        memcpy(t->batch.tokens, tokens->ints, (size_t)tokens->count * sizeof(int32_t));
+        memcpy(t->batch.targets, golden_find(g, "targets")->ints, (size_t)tokens->count * sizeof(int32_t));
+        upload_batch(&t->model, &t->batch, rows_of(&t->model), INFER);
+        double want = golden_find(g, version == 3 ? "loss_v3" : "loss_v5")->floats[0], got = loss_of(t);
+        if (!(fabs(got - want) < 1e-4 * want)) { fail_msg("version %d: loss %.6f, PyTorch's %.6f", version, got, want); }
+        close_model(t);
+        llmc_close(&file);
+    }
+    golden_close(&g);
+}
+
+// Fails where a gradient is not the loss's: for every tensor, along 3 random directions
+static void gradients_are_directional_derivatives(void** state) {
+    (void)state;
+    for (int variant = 0; variant < 3; variant++) {
+        GptConfig c = small_config(2, 3, 24, 61, 11, 3, variant != 1, variant != 2, FP32, false);
+        TestModel* t = open_model(c);
+        Model* m = &t->model;
+        int rows = rows_of(m);
+        uint64_t at = (uint64_t)variant * 1000000;
+        for (int i = 0; i < m->params.count; i++) {  // far from the initial values, where every path carries a gradient
+            Param* p = &m->params.items[i];
+            for (int64_t k = 0; k < p->valid_rows * p->cols; k++) {
+                m->optimizer.master[p->offset + (size_t)k] = (float)((p->init_value > 0.0f ? 1.0 : 0.0) + 0.25 * random_normal(&at));
+            }
+        }
+        for (int i = 0; i < rows; i++) {
+            t->batch.tokens[i] = (int32_t)((uint64_t)i * 7 % 13);  // repeated tokens
+            t->batch.targets[i] = (int32_t)((uint64_t)i * 5 % 61);
+        }
+        micro_step(m, &t->batch, 0, 1.0f / (float)rows);
+        for (int i = 0; i < m->params.count; i++) {
+            Param* p = &m->params.items[i];
+            size_t n = (size_t)(p->valid_rows * p->cols);
+            float* w = m->optimizer.master + p->offset;
+            const float* g = grad_of(m, p);
+            float* kept = (float*)host_alloc(n * sizeof(float));
+            double* d = (double*)host_alloc(n * sizeof(double));
+            memcpy(kept, w, n * sizeof(float));
+            double size = 0.0;
+            for (size_t k = 0; k < n; k++) { size += (double)g[k] * g[k]; }
+            size = sqrt(size);
+            if (!(size > 1e-6)) { fail_msg("variant %d: the gradient of %s is %g", variant, p->name, size); }
+            for (int direction = 0; direction < 3; direction++) {
+                double length = 0.0, slope = 0.0;
+                for (size_t k = 0; k < n; k++) { d[k] = random_normal(&at); length += d[k] * d[k]; }
+                length = sqrt(length);
+                for (size_t k = 0; k < n; k++) {  // a random direction, turned half towards the gradient so that the slope stands out from rounding
+                    d[k] = d[k] / length + (double)g[k] / size;
+                    slope += d[k] * (double)g[k];
+                }
+                auto loss_at = [&](double h) {
+                    for (size_t k = 0; k < n; k++) { w[k] = (float)((double)kept[k] + h * d[k]); }
+                    double loss = loss_of(t);
+                    memcpy(w, kept, n * sizeof(float));
+                    return loss;
+                };
+                double h = min_of(0.02 / slope, 0.05);
+                double narrow = (loss_at(h) - loss_at(-h)) / (2 * h), wide = (loss_at(2 * h) - loss_at(-2 * h)) / (4 * h);
+                double measured = (4.0 * narrow - wide) / 3.0;
+                if (!(fabs(measured - slope) < 1e-3 * fabs(slope))) {
+                    fail_msg("variant %d, %s: the loss changes by %.8g along a direction, the gradient says %.8g", variant, p->name, measured, slope);
+                }
+            }
+            free(kept);
+            free(d);
+        }
+        close_model(t);
+    }
+}
+
+// ---- FP8 ----
+
+static const char* const text_files = "train_gpt_fp8.cu,fp8_kernels.cuh,adam_fp8.cuh,dataloader.h";  // real text that is always there
+
+static DataLoader open_text(const GptConfig* c) {
+    DataLoader loader = {};
+    DataLoaderConfig config = {};
+    config.flag = "--train-data";
+    config.spec = text_files;
+    config.vocab = 256;
+    config.seq_len = c->T;
+    config.seed = 3;
+    config.shuffle = true;
+    config.part = LOADER_ALL;
+    config.ranks = 1;
+    config.micro_batch = c->B;
+    loader_open(&loader, &config);
+    return loader;
+}
+
+static StepSettings test_settings(void) {
+    StepSettings s = {};
+    s.micro_batches = 1;
+    s.rules = DecisionRules{0.9, 0.95, 1.0f, 0.0f, 0.0f};
+    s.rates = AdamRates{2e-3f, 0.9f, 0.95f, 1e-8f, 0.0f};
+    s.weight_decay = 0.1f;
+    return s;
+}
+
+// `repeat`: the number of batches that are trained on again and again; 0: all of the text
+static double train_steps(TestModel* t, int steps, int repeat = 0) {
+    DataLoader loader = open_text(&t->model.config);
+    StepSettings settings = test_settings();
+    double loss = 0.0;
+    float weight = 1.0f / (float)rows_of(&t->model);
+    for (int i = 0; i < steps; i++) {
+        if (repeat > 0 && i % repeat == 0) { loader_rewind(&loader); }
+        loader_next(&loader, t->batch.tokens, t->batch.targets);
+        micro_step(&t->model, &t->batch, 0, weight);
+        finish_step(&t->model, &t->group, &settings, weight);
+        if (i >= steps - 10) { loss += read_record(&t->model).loss / 10.0; }
+    }
+    loader_close(&loader);
+    return loss;
+}
+
+// Fails where a linear layer of recipe fp8 multiplies anything but FP8 codes, or where codes are not their tensor times its scale
+static void fp8_matmuls_take_fp8_codes(void** state) {
+    (void)state;
+    GptConfig c = small_config(3, 4, 64, 300, 32, 4, true, true, BF16, true);
+    for (int delayed = 0; delayed < 2; delayed++) {
+        c.scaling = delayed ? SCALING_DELAYED : SCALING_CURRENT;
+        TestModel* t = open_model(c);
+        Model* m = &t->model;
+        model_set_weights(m, NULL);
+        train_steps(t, 20);
+        int linear = 0;
+        for (const MatmulEntry* e : *m->matmul.order) {
+            const MatmulShape* s = &e->shape;
+            bool is_head = s->n == c.padded_vocab || s->k == c.padded_vocab || s->m == c.padded_vocab, is_attention = s->batch > 1;
+            if (is_head || is_attention || e->statistics.calls == 0) { continue; }
+            linear++;
+            assert_true(is_fp8((DType)s->a_dtype) && is_fp8((DType)s->b_dtype));
+        }
+        assert_true(linear >= 3 * 4 - 2);  // forward, dX and dW of four weights; a few share a shape
+        double worst = 0.0;
+        for (int i = 0; i < m->params.count; i++) {
+            const Param* p = &m->params.items[i];
+            if (p->format_class != MATRIX) { continue; }
+            assert_int_equal(p->dtype, E4M3);
+            const float* master = m->optimizer.master + p->offset;
+            float descale = p->slot[0], scale = p->slot[1], amax = 0.0f;
+            assert_true(descale * scale == 1.0f && (float_to_bits(scale) & 0x7fffffu) == 0);
+            for (size_t k = 0; k < param_elements(p); k++) {
+                e4m3 code;
+                from_float(code, master[k] * scale);
+                assert_int_equal(code.bits, ((const e4m3*)p->weight)[k].bits);
+                amax = max_of(amax, fabsf(master[k]));
+            }
+            assert_true(amax * scale <= 448.0f && amax * scale > 224.0f);
+            worst = max_of(worst, (double)amax);
+        }
+        for (int l = 0; l < c.layers; l++) {  // an input of a matmul, from what it was made of
+            const Layer* y = &m->layers[l];
+            assert_int_equal(y->x_fcproj.dtype, E4M3);
+            float descale = y->x_fcproj.slot[0];
+            size_t n = (size_t)rows_of(m) * 4 * (size_t)c.width;
+            for (size_t k = 0; k < n; k++) {
+                float a = to_float(((const bf16*)y->fc)[k]), want = a / (1.0f + expf(-gelu_inner(a)));
+                float got = to_float(((const e4m3*)y->x_fcproj.data)[k]) * descale;
+                // half a unit in the last place of 3 mantissa bits; below the normal range half of 2^-9; BF16 rounding before
+                assert_true(fabsf(got - want) <= fabsf(want) * 0.0665f + descale * 0.00098f);
+            }
+        }
+        close_model(t);
+    }
+}
+
+// Loss on the text's first batches of from's weights in c's precision. `coarse`: matrices with one mantissa bit
+static double loss_with(const TestModel* from, GptConfig c, bool coarse, int batches) {
+    TestModel* t = open_model(c);
+    Model* m = &t->model;
+    memcpy(m->optimizer.master, from->model.optimizer.master, m->params.elements * sizeof(float));
+    use_masters(t);
+    if (coarse) {  // weights with one mantissa bit: the two lowest bits of each code rounded away
+        for (int i = 0; i < m->params.count; i++) {
+            const Param* p = &m->params.items[i];
+            for (size_t k = 0; k < param_elements(p) && is_fp8(p->dtype); k++) {
+                uint8_t* code = &((e4m3*)p->weight)[k].bits;
+                int magnitude = ((*code & 0x7f) + 2) & ~3;
+                *code = (uint8_t)((*code & 0x80) | min_of(magnitude, 0x7c));
+            }
+        }
+    }
+    DataLoader loader = open_text(&c);
+    double loss = 0.0;
+    for (int i = 0; i < batches; i++) {
+        loader_next(&loader, t->batch.tokens, t->batch.targets);
+        upload_batch(m, &t->batch, rows_of(m), INFER);
+        loss += loss_of(t) / batches;
+    }
+    loader_close(&loader);
+    close_model(t);
+    return loss;
+}
+
+// Signal-to-noise ratio in dB of the logits of one batch, with c's precision against FP32, on the same weights
+static double logit_snr(const TestModel* from, GptConfig c) {
+    GptConfig exact = c;
+    exact.act = FP32;
+    exact.fp8 = false;
+    TestModel* models[2] = {open_model(exact), open_model(c)};
+    float* logits[2];
+    DataLoader loader = open_text(&c);
+    size_t padded = (size_t)c.padded_vocab;
+    for (int i = 0; i < 2; i++) {
+        Model* m = &models[i]->model;
+        memcpy(m->optimizer.master, from->model.optimizer.master, m->params.elements * sizeof(float));
+        use_masters(models[i]);
+        loader_rewind(&loader);
+        loader_next(&loader, models[i]->batch.tokens, models[i]->batch.targets);
+        upload_batch(m, &models[i]->batch, rows_of(m), INFER);
+        forward(m, c.B, INFER);
+        int n = m->head_rows;
+        logits[i] = (float*)host_alloc((size_t)n * padded * sizeof(float));
+        MatmulCall call = linear_call(m, m->logits, Tensor{m->narrow, m->config.act, NULL}, m->head, NULL, n);
+        matmul(&m->matmul, &call, m->stream);
+        for (size_t k = 0; k < (size_t)n * padded; k++) {
+            logits[i][k] = m->config.act == FP32 ? ((float*)m->logits)[k] : to_float(((bf16*)m->logits)[k]);
+        }
+    }
+    double norm, noise = distance(logits[1], logits[0], (size_t)models[0]->model.head_rows * padded, &norm);
+    for (int i = 0; i < 2; i++) { free(logits[i]); close_model(models[i]); }
+    loader_close(&loader);
+    return 20.0 * log10(norm / noise);
+}
+
+// Fails where reduced precision costs more than it should, or where FP8 is not FP8: a coarser format must be seen to lose
+static void precision_costs_little_on_trained_weights(void** state) {
+    (void)state;
+    GptConfig c = small_config(4, 4, 128, 256, 64, 8, true, true, FP32, false);
+    TestModel* t = open_model(c);
+    model_set_weights(&t->model, NULL);
+    train_steps(t, 220);
+    GptConfig b = c, f = c;
+    b.act = f.act = BF16;
+    f.fp8 = true;
+    double exact = loss_with(t, c, false, 12), bf = loss_with(t, b, false, 12), fp8 = loss_with(t, f, false, 12);
+    double snr_bf = logit_snr(t, b), snr_fp8 = logit_snr(t, f);
+    printf("# loss on the same weights: fp32 %.4f, bf16 %+.3f %%, fp8 %+.3f %%; logits' SNR: bf16 %.1f dB, fp8 %.1f dB\n", exact,
+           100 * (bf / exact - 1), 100 * (fp8 / exact - 1), snr_bf, snr_fp8);
+    assert_true(exact < 3.2);  // it has learned something
+    assert_true(fabs(bf / exact - 1) < 0.005);
+    assert_true(fabs(fp8 / exact - 1) < 0.01);
+    assert_true(snr_bf > 30.0 && snr_fp8 > 12.0 && snr_bf > snr_fp8 + 6.0);
+    train_steps(t, 300, 2);  // two batches by heart: weights in which every bit counts
+    exact = loss_with(t, c, false, 2);
+    fp8 = loss_with(t, f, false, 2);
+    double coarse = loss_with(t, f, true, 2);
+    printf("# loss on a text known by heart: fp32 %.4f, fp8 %+.4f, matrices of 1 mantissa bit %+.4f\n", exact, fp8 - exact, coarse - exact);
+    assert_true(coarse > 1.15 * exact && coarse - exact > 2 * fabs(fp8 - exact));
+    close_model(t);
+}
+
+// Fails where recomputation differs in precision or scale from the first time
+static void recompute_changes_no_bit(void** state) {
+    (void)state;
+    for (int mode = 0; mode < 3; mode++) {
+        GptConfig c = small_config(3, 2, 32, 256, 33, 3, mode != 1, true, BF16, mode > 0);
+        c.scaling = mode == 1 ? SCALING_CURRENT : SCALING_DELAYED;
+        c.bf16_layers = Bf16Layers{mode == 2 ? 1 : 0, 0};
+        float* first = NULL;
+        for (int recompute = 0; recompute <= 2; recompute++) {
+            c.recompute = recompute;
+            TestModel* t = open_model(c);
+            Model* m = &t->model;
+            model_set_weights(m, NULL);
+            train_steps(t, 19);  // past the window of just-in-time scales
+            size_t bytes = m->params.elements * sizeof(float);
+            if (recompute == 0) {
+                first = (float*)host_alloc(bytes);
+                memcpy(first, m->optimizer.master, bytes);
+            }
+            for (int i = 0; i < m->params.count; i++) {
+                const Param* p = &m->params.items[i];
+                if (memcmp(first + p->offset, m->optimizer.master + p->offset, param_elements(p) * sizeof(float)) != 0) {
+                    fail_msg("mode %d, recompute %d: %s differs", mode, recompute, p->name);
+                }
+            }
+            close_model(t);
+        }
+        free(first);
+    }
+}
+
+// Fails where evaluation leaves a trace in what training uses: amaxes, histories, weights
+static void evaluation_leaves_no_trace(void** state) {
+    (void)state;
+    GptConfig c = small_config(2, 2, 32, 256, 24, 2, true, false, BF16, true);
+    c.scaling = SCALING_DELAYED;
+    float* plain = NULL;
+    for (int evaluated = 0; evaluated < 2; evaluated++) {
+        TestModel* t = open_model(c);
+        Model* m = &t->model;
+        model_set_weights(m, NULL);
+        for (int i = 0; i < 4; i++) {
+            train_steps(t, 6);
+            if (!evaluated) { continue; }
+            DataLoader loader = open_text(&c);
+            evaluate(m, &t->group, &loader, &t->batch, 3);
+            int tokens[12] = {10};
+            generate(m, tokens, 12, 1);
+            loader_close(&loader);
+        }
+        size_t bytes = m->params.elements * sizeof(float);
+        if (!evaluated) {
+            plain = (float*)host_alloc(bytes);
+            memcpy(plain, m->optimizer.master, bytes);
+        }
+        assert_memory_equal(plain, m->optimizer.master, bytes);
+        close_model(t);
+    }
+    free(plain);
+}
+
+// Fails where a skipped step leaves a trace, or where a NaN from one micro-batch does not skip the step
+static void a_non_finite_step_leaves_no_trace(void** state) {
+    (void)state;
+    GptConfig c = small_config(2, 2, 32, 256, 16, 2, true, true, BF16, true);
+    c.scaling = SCALING_DELAYED;
+    TestModel* t = open_model(c);
+    Model* m = &t->model;
+    model_set_weights(m, NULL);
+    train_steps(t, 18);
+    size_t n = m->params.elements, history = (size_t)m->sites.count * AMAX_WINDOW;
+    float* kept = (float*)host_alloc((3 * n + history) * sizeof(float));
+    auto snapshot = [&](float* into) {
+        memcpy(into, m->optimizer.master, n * sizeof(float));
+        memcpy(into + n, m->optimizer.m, n * sizeof(float));
+        memcpy(into + 2 * n, m->optimizer.v, n * sizeof(float));
+        memcpy(into + 3 * n, m->sites.slots, (size_t)m->sites.count * 4 * sizeof(float));
+    };
+    memset(kept, 0, (3 * n + history) * sizeof(float));
+    snapshot(kept);
+    int64_t applied = read_record(m).applied;
+    bf16 good = ((bf16*)m->wte->weight)[65 * 32];
+    ((bf16*)m->wte->weight)[65 * 32].bits = 0x7fc0;  // a NaN in the embedding of 'A'
+    for (int i = 0; i < rows_of(m); i++) { t->batch.tokens[i] = 65; t->batch.targets[i] = 66; }
+    StepSettings settings = test_settings();
+    float weight = 1.0f / (float)rows_of(m);
+    micro_step(m, &t->batch, 0, weight);
+    finish_step(m, &t->group, &settings, weight);
+    StepRecord r = read_record(m);
+    assert_int_equal(r.skipped, SKIP_NON_FINITE_LOSS);
+    assert_int_equal(r.applied, applied);
+    ((bf16*)m->wte->weight)[65 * 32] = good;
+    float* now = (float*)host_alloc((3 * n + history) * sizeof(float));
+    memset(now, 0, (3 * n + history) * sizeof(float));
+    snapshot(now);
+    assert_memory_equal(kept, now, (3 * n + history) * sizeof(float));
+    free(kept);
+    free(now);
+    double loss = train_steps(t, 12);
+    assert_true(loss < 6.0 && read_record(m).skipped == NOT_SKIPPED);
+    close_model(t);
+}
+
+static void learning_rates(void** state) {
+    (void)state;
+    assert_true(fabs(learning_rate(SCHEDULE_COSINE, 1.0, 0.1, 10, 0, 100) - 0.1) < 1e-12);
+    assert_true(fabs(learning_rate(SCHEDULE_COSINE, 1.0, 0.1, 10, 9, 100) - 1.0) < 1e-12);
+    assert_true(fabs(learning_rate(SCHEDULE_COSINE, 1.0, 0.1, 10, 55, 100) - 0.55) < 1e-12);
+    assert_true(fabs(learning_rate(SCHEDULE_LINEAR, 1.0, 0.0, 0, 25, 100) - 0.75) < 1e-12);
+    assert_true(fabs(learning_rate(SCHEDULE_CONSTANT, 0.5, 0.1, 0, 99, 100) - 0.5) < 1e-12);
+    assert_true(fabs(learning_rate(SCHEDULE_WSD, 1.0, 0.0, 0, 79, 100) - 1.0) < 1e-12);
+    assert_true(fabs(learning_rate(SCHEDULE_WSD, 1.0, 0.0, 0, 85, 100) - 0.5) < 1e-12);
+    assert_true(learning_rate(SCHEDULE_COSINE, 1.0, 0.1, 5, 5, 5) > 0.0);  // no step left after warm-up: no division by zero
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(loss_logits_and_gradients_equal_pytorch), cmocka_unit_test(llmc_models_give_pytorchs_loss),
+        cmocka_unit_test(gradients_are_directional_derivatives), cmocka_unit_test(fp8_matmuls_take_fp8_codes),
+        cmocka_unit_test(precision_costs_little_on_trained_weights), cmocka_unit_test(recompute_changes_no_bit),
+        cmocka_unit_test(evaluation_leaves_no_trace), cmocka_unit_test(a_non_finite_step_leaves_no_trace), cmocka_unit_test(learning_rates)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
