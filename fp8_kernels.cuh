@@ -162,7 +162,8 @@ struct FinishColumns {  // grad (C) = [grad +] Σ over strips of partial (strips
     float* partial;      // its first row is overwritten
     int strips, C;
     bool accumulate;
-    template <class Team> DEVICE void operator()(Team team, int tile) const {
+    template <class Team> DEVICE void operator()(Team full, int tile) const {
+        Team team = full.strided(C);
         int first = tile * COLUMN_TILE, n = min_of(C - first, COLUMN_TILE), width = C;
         float* p = partial + first;
         float* g = grad + first;

@@ -272,6 +272,8 @@ struct Model {
     Attention attention;
     Matmul matmul;
     Stream stream;
+    StepRecord* record;          // pinned: arrives with record_ready
+    Event record_ready;
 };
 
 constexpr size_t LOGITS_BYTES = (size_t)128 << 20;  // at most, of logits at a time
@@ -541,6 +543,8 @@ static void model_plan(Model* m, const GptConfig* config, Group* group, Memory* 
     build_params(m);
     build_buckets(m);
     m->stream = stream_create();
+    m->record = (StepRecord*)pinned_alloc(sizeof(StepRecord));
+    m->record_ready = event_create();
     matmul_create(&m->matmul);
     model_allocate(m, group, memory);
 }
@@ -589,6 +593,8 @@ static void model_free(Model* m, Memory* memory) {
     stream_sync(m->stream);
     matmul_destroy(&m->matmul);
     stream_destroy(m->stream);
+    pinned_free(m->record);
+    event_destroy(m->record_ready);
     memory_release(memory);
     free(m->layers);
     free(m->buckets);
@@ -859,7 +865,7 @@ static void micro_step(Model* m, HostBatch* batch, int index, float weight) {
     backward(m, B, index > 0);
 }
 
-// The gradients of all ranks' micro-batches are summed, and the optimizer decides and steps. The record is ready when the stream has come this far.
+// The gradients of all ranks' micro-batches are summed, and the optimizer decides and steps. Its record arrives by itself.
 static void finish_step(Model* m, Group* group, const StepSettings* settings, float weight) {
     run_rows(FinishLoss{m->loss_mean, m->loss_total, (double)weight}, 1, m->stream);
     {
@@ -869,16 +875,18 @@ static void finish_step(Model* m, Group* group, const StepSettings* settings, fl
         if (m->sites.count > 0) { all_reduce_max(group, (float*)m->sites.amax, (size_t)m->sites.count, m->stream); }
     }
     optimizer_step(&m->optimizer, &m->params, m->grads, m->loss_mean, settings->rules, settings->rates, settings->weight_decay, m->stream);
+    copy_to_pinned(m->record, &m->optimizer.state->record, sizeof(StepRecord), m->stream);
+    event_record(m->record_ready, m->stream);
     if (m->sites.count > 0) {
         run_rows(UpdateSites{m->sites, m->steps_recorded}, m->sites.count, m->stream);
         m->steps_recorded++;
     }
 }
 
+// The record of the last step; waits for that step only
 static StepRecord read_record(Model* m) {
-    StepRecord r;
-    copy_to_host(&r, &m->optimizer.state->record, sizeof(r), m->stream);
-    return r;
+    event_wait(m->record_ready);
+    return *m->record;
 }
 
 // ---- evaluation and sampling ----
@@ -1051,6 +1059,9 @@ static void resolve_model(Run* r) {
         bad_input("--bf16-layers: first:%d,last:%d are more than the %" PRId64 " layers", a->bf16_layers.first, a->bf16_layers.last, a->layers);
     }
     if (device_is_gpu && a->width % 16 != 0) { bad_input("--width: %" PRId64 " is not a multiple of 16, which the GPU's matrix units need", a->width); }
+    if (device_is_gpu && a->recipe == RECIPE_FP8 && a->micro_batch * a->seq_len % 16 != 0) {
+        bad_input("--micro-batch %" PRId64 " × --seq-len %" PRId64 " is no multiple of 16 tokens, which the GPU's FP8 units need", a->micro_batch, a->seq_len);
+    }
     if (a->micro_batch * a->seq_len > INT32_MAX / 4) {
         bad_input("--micro-batch %" PRId64 " × --seq-len %" PRId64 " are more tokens than one pass can hold (%d)", a->micro_batch, a->seq_len, INT32_MAX / 4);
     }
@@ -1345,10 +1356,13 @@ static void train(Run* r) {
     float weight = (float)(1.0 / (double)a->global_batch);
     double profile_start = 0.0;
     struct { bool waiting; int64_t step; double lr, start; uint64_t sent[COMM_OPERATIONS]; } last = {};
-    auto show_last = [&]() {  // reads the record of the step before; its time runs to the moment its record is there
+    double arrived = 0.0;  // when the last record did
+    auto show_last = [&]() {
         if (!last.waiting) { return; }
         StepRecord record = read_record(m);
-        show_step(r, last.step, &record, last.lr, wall_seconds() - last.start, last.sent);
+        double now = wall_seconds();
+        show_step(r, last.step, &record, last.lr, now - max_of(last.start, arrived), last.sent);
+        arrived = now;
         last.waiting = false;
     };
     for (int64_t step = 0;; step++) {
@@ -1377,6 +1391,7 @@ static void train(Run* r) {
         if (!device_is_gpu) { show_last(); }
         if (step == 0 && a->profile) {  // the first step warms up
             profiler.on = m->matmul.timing = true;
+            stream_sync(m->stream);
             profile_start = wall_seconds();
         }
     }

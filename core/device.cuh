@@ -61,6 +61,7 @@ static inline void device_zero(void* d, size_t bytes, Stream s) { CUDA_CHECK(cud
 static inline Stream stream_create(void) { Stream s; CUDA_CHECK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking)); return s; }
 static inline void stream_destroy(Stream s) { CUDA_CHECK(cudaStreamDestroy(s)); }
 static inline void stream_sync(Stream s) { CUDA_CHECK(cudaStreamSynchronize(s)); }
+static inline void device_wait(void) { CUDA_CHECK(cudaDeviceSynchronize()); }
 static inline int device_count(void) { int n = 0; return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0; }
 static inline void device_select(int i) { CUDA_CHECK(cudaSetDevice(i)); }
 // Capability of the selected device as 10 * major + minor, e.g. 90.
@@ -77,8 +78,20 @@ static inline void device_name(char* name, size_t size) {
     int i;
     CUDA_CHECK(cudaGetDevice(&i));
     CUDA_CHECK(cudaGetDeviceProperties(&p, i));
-    snprintf(name, size, "%s", p.name);
+    snprintf(name, size, "%.*s", (int)size - 1, p.name);
 }
+// Host memory that the device can write to while the host goes on
+static inline void* pinned_alloc(size_t bytes) { void* p = NULL; CUDA_CHECK(cudaMallocHost(&p, bytes > 0 ? bytes : 1)); return p; }
+static inline void pinned_free(void* p) { CUDA_CHECK(cudaFreeHost(p)); }
+static inline void copy_to_pinned(void* pinned, const void* d, size_t bytes, Stream s) {
+    CUDA_CHECK(cudaMemcpyAsync(pinned, d, bytes, cudaMemcpyDeviceToHost, s));
+}
+// A point in a stream that the host can wait for
+typedef cudaEvent_t Event;
+static inline Event event_create(void) { Event e; CUDA_CHECK(cudaEventCreateWithFlags(&e, cudaEventDisableTiming)); return e; }
+static inline void event_destroy(Event e) { CUDA_CHECK(cudaEventDestroy(e)); }
+static inline void event_record(Event e, Stream s) { CUDA_CHECK(cudaEventRecord(e, s)); }
+static inline void event_wait(Event e) { CUDA_CHECK(cudaEventSynchronize(e)); }
 
 #else
 
@@ -99,6 +112,15 @@ static inline void device_zero(void* d, size_t bytes, Stream) { memset(d, 0, byt
 static inline Stream stream_create(void) { return NULL; }
 static inline void stream_destroy(Stream) {}
 static inline void stream_sync(Stream) {}
+static inline void device_wait(void) {}
+static inline void* pinned_alloc(size_t bytes) { return host_alloc(bytes); }
+static inline void pinned_free(void* p) { free(p); }
+static inline void copy_to_pinned(void* pinned, const void* d, size_t bytes, Stream) { memcpy(pinned, d, bytes); }
+typedef struct CpuEvent* Event;
+static inline Event event_create(void) { return NULL; }
+static inline void event_destroy(Event) {}
+static inline void event_record(Event, Stream) {}
+static inline void event_wait(Event) {}
 static inline size_t device_memory_free(void) { return (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE); }
 static inline void device_name(char* name, size_t size) {
     snprintf(name, size, "CPU");
@@ -268,6 +290,8 @@ DEVICE void atomic_max(uint32_t* target, uint32_t value) {
 struct CpuTeam {
     // Packs of one element only: for rows whose start may be unaligned.
     DEVICE CpuTeam unaligned() const { return *this; }
+    // The same where rows lie `stride` elements apart and that is no whole number of packs.
+    DEVICE CpuTeam strided(int) const { return *this; }
     DEVICE bool leads() const { return true; }
     DEVICE void sync() const {}
 
@@ -344,6 +368,7 @@ struct GpuTeam {
     bool packed;
 
     GPU GpuTeam unaligned() const { return GpuTeam{rank, size, false}; }
+    GPU GpuTeam strided(int stride) const { return GpuTeam{rank, size, packed && stride % PACK == 0}; }
     GPU bool leads() const { return rank == 0; }
     GPU void sync() const { __syncthreads(); }
 

@@ -1,7 +1,7 @@
-// profile.h: names for stretches of a step. On a GPU they are NVTX ranges, for a profiler to show; on a CPU their wall time is added up while
-// `profiler.on`, for the bench's table. Stretches do not overlap: an inner one takes its time out of the outer one's.
+// profile.h: names for stretches of a step. On a GPU they are NVTX ranges, for a profiler to show. While `profiler.on` their wall time is added up for
+// the table of --profile; a GPU is then waited for at both ends of each, which costs speed. An inner stretch takes its time out of the outer one's.
 #pragma once
-#include "common.h"
+#include "device.cuh"
 #include <time.h>
 #ifdef USE_CUDA
 #include <nvtx3/nvToolsExt.h>
@@ -45,6 +45,7 @@ struct ProfileScope {
         if (!profiler.on) { name = NULL; return; }
         outer = profiler.innermost;
         profiler.innermost = this;
+        device_wait();
         start = wall_seconds();
     }
     ~ProfileScope() {
@@ -52,6 +53,7 @@ struct ProfileScope {
         nvtxRangePop();
 #endif
         if (name == NULL) { return; }
+        device_wait();
         double taken = wall_seconds() - start;
         int i = profile_index(name);
         profiler.seconds[i] += taken - inner;

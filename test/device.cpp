@@ -370,16 +370,18 @@ static void packs_calculate_by_element(void**) {
 }
 
 static void ordered_bits_order_as_floats_do(void**) {
-    std::vector<float> list = {-INFINITY, -FLT_MAX, -1.0f, -FLT_MIN, -0x1p-149f, -0.0f, 0.0f, 0x1p-149f, FLT_MIN, 1.0f, FLT_MAX, INFINITY, NAN};
-    for (size_t i = 0; i + 1 < list.size(); i++) {
-        int32_t a = ordered_bits((int32_t)float_to_bits(list[i])), b = ordered_bits((int32_t)float_to_bits(list[i + 1]));
-        assert_true(a < b);
-        assert_int_equal((uint32_t)ordered_bits(a), float_to_bits(list[i]));
+    const float nan = bits_to_float(0x7fc00000u);
+    std::vector<float> list = {-INFINITY, -FLT_MAX, -1.0f, -FLT_MIN, -0x1p-149f, -0.0f, 0.0f, 0x1p-149f, FLT_MIN, 1.0f, FLT_MAX, INFINITY, nan};
+    for (size_t i = 0; i < list.size(); i++) {
+        if (i > 0) { assert_true(ordered_bits(list[i - 1]) < ordered_bits(list[i])); }
+        assert_int_equal(float_to_bits(from_ordered_bits(ordered_bits(list[i]))), float_to_bits(list[i]));
     }
+    for (uint32_t bits : {0xffc00000u, 0x7f800001u, 0xff800001u, 0xffffffffu}) { assert_true(ordered_bits(bits_to_float(bits)) > ordered_bits(INFINITY)); }
     for (int i = 0; i < 100000; i++) {
         float a = any_float(), b = any_float();
         if (isnan(a) || isnan(b) || a == b) { continue; }
-        assert_int_equal(a < b, ordered_bits((int32_t)float_to_bits(a)) < ordered_bits((int32_t)float_to_bits(b)));
+        assert_int_equal(a < b, ordered_bits(a) < ordered_bits(b));
+        assert_int_equal(float_to_bits(from_ordered_bits(ordered_bits(a))), float_to_bits(a));
     }
 }
 

@@ -51,7 +51,7 @@ refuses() {
     done
     grep -q '>.*BF16, ends' loss.svg
     grep -q '>.*fp8, ends' loss.svg
-    grep -q 'a &lt;b&gt; &amp; c' loss.svg
+    grep -qE 'a &lt;b(>|&gt;) &amp; c' loss.svg
     if command -v python3 > /dev/null && python3 -c '' 2> /dev/null; then python3 -c 'import sys, xml.dom.minidom as m; m.parse(sys.argv[1])' loss.svg; fi
 }
 

@@ -279,6 +279,28 @@ memory_of() { first mem "$1" | sed "s/.*\"$2\"://; s/[,}].*//"; }
     grep -qE '^192, 64, 128 +1 +- +T N +e5m2 x e4m3 +fp32 +6 ' a.out    # its weight's gradient
 }
 
+@test "bench.sh reads what --profile prints" {
+    # the real binary on shapes that take no time: later flags win
+    printf '#!/bin/sh\nexec "%s" "$@" --layers 1 --heads 2 --width 32 --seq-len 16\n' "$TRAIN" > tiny
+    printf '#!/bin/sh\n./tiny "$@" | sed "s/^adamw /AdamW /"\n' > renamed
+    chmod +x tiny renamed
+    local bench=$BATS_TEST_DIRNAME/../scripts/bench.sh
+    TRAIN=$PWD/tiny STEPS=3 REPEAT=2 OUT=$PWD/bench.jsonl "$bench" > out
+    valid_json bench.jsonl
+    [ "$(wc -l < bench.jsonl)" = 6 ] # three shapes, two recipes, the faster of two runs
+    [ "$(grep -cE '^(124M-B8|124M-B4|6x384-B8) +(bf16|fp8) +[0-9]+ +[0-9.]+ +[0-9.]+ GiB +[0-9]+%' out)" = 6 ]
+    awk -F '[:,]' '
+        { for (i = 1; i < NF; i++) { v[$i] = $(i + 1) } }
+        { batch = /124M-B4/ ? 64 : 128; made = v["\"tok_s\""] * v["\"ms\""] / 1000 / batch }
+        made < 0.9 || made > 1.1 { print "tok/s times ms is not the batch: " $0; bad = 1 }
+        !(v["\"matmul_ms\""] > 0 && v["\"adamw_ms\""] > 0 && v["\"matmul_ms\""] + v["\"adamw_ms\""] < v["\"mean_ms\""]) { print "parts exceed the step: " $0; bad = 1 }
+        !(v["\"peak_rss\""] > 1e6 && v["\"peak_rss\""] < 1e9) { print "peak: " $0; bad = 1 }
+        END { exit bad }' bench.jsonl
+    TRAIN=$PWD/renamed STEPS=3 REPEAT=1 run -2 "$bench" # a label that is not found is no zero
+    TRAIN=$PWD/tiny STEPS=2 run -2 "$bench"
+    TRAIN=$PWD/tiny SHAPES=124M-B9 run -2 "$bench"
+}
+
 # ---- data ----
 
 @test "--val-split, and one epoch by --steps -1 with its exact tokens" {
