@@ -1129,7 +1129,8 @@ static void resolve_batch(Run* r) {
         bad_input("--global-batch: %" PRId64 " tokens are no multiple of micro-batch %" PRId64 " × seq-len %" PRId64 " × %d rank%s = %" PRId64, a->global_batch,
             a->micro_batch, a->seq_len, r->group.size, r->group.size == 1 ? "" : "s", pass);
     }
-    r->micro_batches = (int)min_of(a->global_batch / pass, (int64_t)INT32_MAX);
+    if (a->global_batch / pass > INT32_MAX) { bad_input("--global-batch: %" PRId64 " tokens are more than %d micro-batches a rank", a->global_batch, INT32_MAX); }
+    r->micro_batches = (int)(a->global_batch / pass);
     r->steps = a->steps >= 0 ? a->steps : loader_tokens(&r->train) / a->global_batch;
     if (a->steps < 0 && r->steps == 0) {
         bad_input("--global-batch: %" PRId64 " tokens are more than the %" PRId64 " of an epoch; give --steps N, or smaller batches", a->global_batch,
@@ -1330,6 +1331,7 @@ static void setup(Run* r, int argc, char** argv) {
     resolve_batch(r);
     model_plan(&r->model, &r->config, &r->group, &r->memory);
     memory_require(&r->memory, r->world.ranks_per_device);
+    barrier(&r->group);  // every rank has found its input good: from here on things are written
     if (r->group.rank == 0) { make_directory("--output-dir", r->args.output_dir); }
     barrier(&r->group);
     model_commit(&r->model, &r->group, &r->memory);

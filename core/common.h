@@ -57,8 +57,7 @@ inline Process process = {rank_from_environment(), NULL, false};
     char line[2048];
     vsnprintf(line, sizeof(line), fmt, args);
     if (process.rank != 0) {
-        if (process.abort == NULL) { usleep(500 * 1000); } else { usleep(2000 * 1000); }  // rank 0 speaks first, and then ends us
-        if (process.abort == NULL) { _exit(code); }  // before MPI is up every rank has seen the same words: one voice is enough
+        usleep(2000 * 1000);  // if rank 0 has met the same, it speaks meanwhile, and the launcher ends us
         fprintf(stderr, "train_gpt_fp8: rank %d: %s\n", process.rank, line);
     } else {
         fprintf(stderr, "train_gpt_fp8: %s\n", line);

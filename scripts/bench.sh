@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# bench.sh: how fast this machine trains: tokens a second, where a step's time goes, and llm.c's speed beside it. `make bench` builds and calls it.
+# bench.sh: how fast this machine trains: tokens a second, where a step's time goes, and llm.c's speed beside it. `make bench` calls it.
 #
-# One process with two threads trains GPTs of three shapes for a few steps on random tokens, in each recipe. Of a run's steps the first two warm up; the
-# median of the others counts. Shares come from --profile and so are means over all steps but the first. With REPEAT runs the fastest counts. "own" is
-# what a step cannot do without: its matmuls and AdamW, as timed within it. Nothing is written but with OUT.
+# One process with two threads trains GPTs of three shapes for a few steps on random tokens, in each recipe. Of a run's steps the first two
+# warm up; the median of the others counts. Shares come from --profile and so are means over all steps but the first. With REPEAT runs the
+# fastest counts. "own" is what a step cannot do without: its matmuls and AdamW, as timed within it. Nothing is written but with OUT.
 #
 #   STEPS=8 REPEAT=2        steps of the largest shape (the small ones take more), and runs of each
 #   SHAPES='124M-B4' RECIPES='bf16'   only these; also fp32
@@ -119,7 +119,11 @@ measure() {
             next
         }
         /^operation / { in_operations = 1; for (i = 1; i <= NF; i++) { if ($i == "ms/step") { from_end = NF - i } } next }
-        /^m, n, k / { in_operations = 0; in_matmuls = 1; for (i = 1; i <= NF; i++) { at[$i] = i } next } # a row has as many words as this heading
+        /^m, n, k / { # a row below has as many words as this heading
+            in_operations = 0; in_matmuls = 1
+            for (i = 1; i <= NF; i++) { at[$i] = i }
+            next
+        }
         in_operations { if (/^adamw /) { adamw = $(NF - from_end); seen_adamw = 1 } next }
         in_matmuls && $at["ms"] != "-" { matmul += $at["ms"]; flops += $at["ms"] * $at["GFLOP/s"]; seen_matmul = 1 }
         END {
@@ -137,11 +141,12 @@ run() {
     IFS=, read -ra flags <<< "$2"
     rm -rf "$dir.new"
     mkdir "$dir.new"
-    if ! with_peak "$TRAIN" --train-data "$work/$vocab.bin" "${flags[@]}" --recipe "$4" --steps "$3" --val-every 0 --profile --output-dir "$dir.new" \
-        > "$dir.new/out" 2> "$dir.new/errors"; then
+    if ! with_peak "$TRAIN" --train-data "$work/$vocab.bin" "${flags[@]}" --recipe "$4" --steps "$3" --val-every 0 --profile \
+        --output-dir "$dir.new" > "$dir.new/out" 2> "$dir.new/errors"; then
         fail "$1 $4: the run failed: $(tail -n 1 "$dir.new/errors")"
     fi
-    figures=$(measure "$dir.new") || fail "$1 $4: the run's log or its profile lacks what is to be measured; it ends with: $(tail -n 1 "$dir.new/out")"
+    figures=$(measure "$dir.new") ||
+        fail "$1 $4: the run's log or its profile lacks what is to be measured; it ends with: $(tail -n 1 "$dir.new/out")"
     echo "$1 $4 $(< "$work/peak") $figures" >> "$work/results"
     # the tables of the fastest run are shown
     if [ ! -e "$dir" ] || awk -v a="$(measure "$dir")" -v b="$figures" 'BEGIN { exit !(b + 0 > a + 0) }'; then
@@ -174,8 +179,8 @@ done
 
 device=$(sed -n '1s/.*"device":"\([a-z]*\)".*/\1/p' "$work/${SHAPES%%[[:space:]]*}-${RECIPES%% *}/log.jsonl")
 echo
-awk -v shapes="$shapes" -v units="$units" -v threads="$THREADS" -v device="$device" -v cpu="$cpu" -v date="$date" -v commit="$commit" -v load="$busy" \
-    -v json="$work/json" '
+awk -v shapes="$shapes" -v units="$units" -v threads="$THREADS" -v device="$device" -v cpu="$cpu" -v date="$date" -v commit="$commit" \
+    -v load="$busy" -v json="$work/json" '
     BEGIN {
         lines = split(shapes, line, "\n")
         for (i = 1; i <= lines; i++) {
@@ -189,26 +194,40 @@ awk -v shapes="$shapes" -v units="$units" -v threads="$THREADS" -v device="$devi
         if (!(key in best) || $4 > speed[key]) { best[key] = $0; speed[key] = $4 }
     }
     END {
-        printf "%-9s %-6s %8s %9s %9s %8s %9s %9s %9s %14s %7s\n", "shape", "recipe", "tok/s", "ms/step", "peak RSS", "matmuls", "TFLOP/s", "step/own", "fp8/bf16", "llm.c (BLAS)", "faster"
+        printf "%-9s %-6s %8s %9s %9s %8s %9s %9s %9s %14s %7s\n", "shape", "recipe", "tok/s", "ms/step", "peak RSS", "matmuls", "TFLOP/s",
+            "step/own", "fp8/bf16", "llm.c (BLAS)", "faster"
         for (i = 1; i <= keys; i++) {
             split(best[order[i]], v, " ")
             shape = v[1]; recipe = v[2]; own = v[6] > 0 ? v[6] / (v[7] + v[8]) : 0
             ratio = recipe == "fp8" && (shape " bf16") in speed ? speed[shape " fp8"] / speed[shape " bf16"] : 0
-            printf "%-9s %-6s %8.0f %9.1f %5.2f GiB %7.0f%% %9.3f %9.2f %9s %14s %6.1fx\n", shape, recipe, v[4], v[5], v[3] / 1048576, 100 * v[7] / v[6],
-                v[9] / 1000, own, ratio ? sprintf("%.2f", ratio) : "", plain[shape] " (" blas[shape] ")", v[4] / blas[shape]
-            if (wanted[shape] != "-" && recipe == "bf16") { judge(shape " bf16: at least " wanted[shape] " tok/s", v[4] >= wanted[shape], sprintf("%.0f", v[4])) }
-            if (recipe != "fp32") { judge(shape " " recipe ": a step at most 1.45 x its matmuls and AdamW", own <= 1.45, sprintf("%.2f", own)) }
+            printf "%-9s %-6s %8.0f %9.1f %5.2f GiB %7.0f%% %9.3f %9.2f %9s %14s %6.1fx\n", shape, recipe, v[4], v[5], v[3] / 1048576,
+                100 * v[7] / v[6], v[9] / 1000, own, ratio ? sprintf("%.2f", ratio) : "", plain[shape] " (" blas[shape] ")", v[4] / blas[shape]
+            if (wanted[shape] != "-" && recipe == "bf16") {
+                judge(shape " bf16: at least " wanted[shape] " tok/s", v[4] >= wanted[shape], sprintf("%.0f", v[4]))
+            }
+            if (recipe != "fp32") {
+                judge(shape " " recipe ": a step at most 1.45 x its matmuls and AdamW", own <= 1.45, sprintf("%.2f", own))
+            }
             if (ratio) { judge(shape ": fp8 at least 0.85 x bf16", ratio >= 0.85, sprintf("%.2f", ratio)) }
-            if (shape == "124M-B4" && recipe != "fp32") { judge(shape " " recipe ": peak memory at most llm.c" "\047" "s 2.4 GiB", v[3] <= 2.4 * 1048576, sprintf("%.2f GiB", v[3] / 1048576)) }
+            if (shape == "124M-B4" && recipe != "fp32") {
+                judge(shape " " recipe ": peak memory at most 2.4 GiB, as llm.c", v[3] <= 2.4 * 1048576, sprintf("%.2f GiB", v[3] / 1048576))
+            }
             flag = flags[shape]; gsub(/,/, " ", flag)
-            printf "{\"date\":\"%s\",\"commit\":\"%s\",\"device\":\"%s\",\"cpu\":\"%s\",\"units\":\"%s\",\"threads\":%d,\"load\":%s,\"shape\":\"%s\",\"flags\":\"%s\",\"recipe\":\"%s\",\"tok_s\":%.1f,\"ms\":%.2f,\"peak_rss\":%.0f,\"mean_ms\":%.2f,\"matmul_ms\":%.2f,\"adamw_ms\":%.2f,\"matmul_gflops\":%.1f,\"step_over_own\":%.3f%s}\n",
-                date, commit, device, cpu, units, threads, load, shape, flag, recipe, v[4], v[5], v[3] * 1024, v[6], v[7], v[8], v[9], own,
-                ratio ? sprintf(",\"over_bf16\":%.3f", ratio) : "" > json
+            text = string("date", date) string("commit", commit) string("device", device) string("cpu", cpu) string("units", units)
+            text = text number("threads", "%d", threads) number("load", "%s", load) string("shape", shape) string("flags", flag)
+            text = text string("recipe", recipe) number("tok_s", "%.1f", v[4]) number("ms", "%.6g", v[5]) number("peak_rss", "%.0f", v[3] * 1024)
+            text = text number("mean_ms", "%.6g", v[6]) number("matmul_ms", "%.6g", v[7]) number("adamw_ms", "%.6g", v[8])
+            text = text number("matmul_gflops", "%.1f", v[9]) number("step_over_own", "%.3f", own) (ratio ? number("over_bf16", "%.3f", ratio) : "")
+            print "{" substr(text, 2) "}" > json
         }
-        printf "\nmatmuls: share of a step inside %s, and its speed there; step/own: a step over its matmuls and AdamW; faster: than llm.c with OpenBLAS\n",
+        printf "\nmatmuls: share of a step inside %s, and its speed there; step/own: a step over its matmuls and AdamW\n" \
+            "faster: than llm.c with OpenBLAS\n",
             device == "cpu" ? "oneDNN" : "cuBLASLt"
-        printf "\nwanted, on two cores with AMX%s:\n%s", units == "amx_bf16" && threads == 2 ? "" : " (which these are not)", judged
+        printf "\nwanted, on two cores with AMX%s:\n%s", units == "amx_bf16" && threads == 2 ? "" : " (which these are not)",
+            judged
     }
+    function string(name, value) { return ",\"" name "\":\"" value "\"" }
+    function number(name, format, value) { return ",\"" name "\":" sprintf(format, value) }
     function judge(what, met, value) { judged = judged sprintf("  %-6s %s: %s\n", met ? "met" : "missed", what, value) }
 ' "$work/results"
 

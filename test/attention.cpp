@@ -1,10 +1,10 @@
-// Tests of core/attention.cuh: forward and backward against naive causal attention in float64, over block bounds, with and without rotary positions;
-// causality to the bit; what a NaN reaches; and that the planned workspace is enough.
+// Tests of core/attention.cuh: forward and backward against naive causal attention in float64, over block bounds, with and without rotary
+// positions; causality to the bit; what a NaN reaches; and that the planned workspace is enough.
 //
-// Tolerances. Each result is a sum; beside the reference its sum of magnitudes is kept. FP32 may err by 128·2⁻²⁴ of that (head sizes and T up to 64
-// and 600, with the exponential's argument among the inputs of the error). With BF16 the probabilities and dS are rounded once to 8 significant bits
-// before they are multiplied, which costs 2⁻⁸ of the sum of magnitudes, and so does the rounding of the result. Rotated queries and keys are rounded in the
-// reference too: they are inputs of the products.
+// Tolerances. Each result is a sum; beside the reference its sum of magnitudes is kept. FP32 may err by 128·2⁻²⁴ of that (head sizes and
+// T up to 64 and 600, with the exponential's argument among the inputs of the error). With BF16 the probabilities and dS are rounded once
+// to 8 significant bits before they are multiplied, which costs 2⁻⁸ of the sum of magnitudes, and so does the rounding of the result.
+// Rotated queries and keys are rounded in the reference too: they are inputs of the products.
 #include "check.h"
 #include "../core/attention.cuh"
 
@@ -172,7 +172,8 @@ template <class A> struct Run {
 
 template <class A> static void check_attention(const Shape& s) {
     char text[128];
-    snprintf(text, sizeof(text), "%s, B %d, T %d, %d heads of %d%s", dtype_names[DTypeOf<A>::value], s.B, s.T, s.heads, s.hs, s.rope ? ", rotary" : "");
+    snprintf(text, sizeof(text), "%s, B %d, T %d, %d heads of %d%s", dtype_names[DTypeOf<A>::value], s.B, s.T, s.heads, s.hs,
+             s.rope ? ", rotary" : "");
     Run<A> run(s);
     Reference r = reference<A>(s, run.qkv, run.dout);
     run.plan(false);
@@ -208,11 +209,13 @@ static void small_sequences_match_float64(void**) {
 
 // Blocks are of 256 queries: one and one query, one and a part, two and a part, just one
 static void several_blocks_match_float64(void**) {
-    const Shape shapes[] = {{1, 256, 1, 8, false}, {1, 257, 3, 8, true}, {1, 257, 1, 64, false}, {2, 300, 3, 8, false}, {1, 300, 1, 2, true},
-                            {1, 512, 1, 8, true}, {1, 600, 3, 8, true}, {1, 600, 1, 64, false}};
+    const Shape shapes[] = {{1, 256, 1, 8, false}, {1, 257, 3, 8, true}, {1, 257, 1, 64, false}, {2, 300, 3, 8, false},
+                            {1, 300, 1, 2, true},  {1, 512, 1, 8, true}, {1, 600, 3, 8, true},   {1, 600, 1, 64, false}};
     for (const Shape& s : shapes) {
-        check_attention<float>(s);
-        check_attention<bf16>(s);
+        with_threads(s.T == 300 ? 2 : 1, [&] {
+            check_attention<float>(s);
+            check_attention<bf16>(s);
+        });
     }
 }
 
@@ -313,9 +316,9 @@ static int first_nan(const Array<float>& x, int T, int C) {
     return T;
 }
 
-// A query or key that is not finite reaches no earlier query; nor does a value of a later block. (Within a block the value is multiplied with the
-// zeros beyond the diagonal, and 0·NaN is NaN: the earlier queries of that block are lost with it, which a step that is skipped anyway can bear.) From
-// its own place on it must show.
+// A query or key that is not finite reaches no earlier query; nor does a value of a later block. (Within a block the value is multiplied
+// with the zeros beyond the diagonal, and 0·NaN is NaN: the earlier queries of that block are lost with it, which a step that is skipped
+// anyway can bear.) From its own place on it must show.
 static void nan_and_inf_reach_no_earlier_block(void**) {
     Shape s = {1, 300, 1, 8, false};
     for (float bad : {NAN, INFINITY, -INFINITY}) {
@@ -362,15 +365,19 @@ static void sequences_of_a_batch_do_not_mix(void**) {
 static void repetition_gives_the_same_bits(void**) {
     Shape s = {1, 300, 3, 8, true};
     Run<bf16> run(s);
-    run.plan(true);
-    run.forward();
-    run.backward();
-    std::vector<bf16> out(run.out.p, run.out.p + run.out.n), dqkv(run.dqkv.p, run.dqkv.p + run.dqkv.n);
-    for (int k = 0; k < 3; k++) {
-        run.forward();
-        run.backward();
-        assert_memory_equal(out.data(), run.out.p, out.size() * 2);
-        assert_memory_equal(dqkv.data(), run.dqkv.p, dqkv.size() * 2);
+    for (int threads : {1, 2}) {
+        with_threads(threads, [&] {
+            run.plan(true);
+            run.forward();
+            run.backward();
+            std::vector<bf16> out(run.out.p, run.out.p + run.out.n), dqkv(run.dqkv.p, run.dqkv.p + run.dqkv.n);
+            for (int k = 0; k < 3; k++) {
+                run.forward();
+                run.backward();
+                assert_memory_equal(out.data(), run.out.p, out.size() * 2);
+                assert_memory_equal(dqkv.data(), run.dqkv.p, dqkv.size() * 2);
+            }
+        });
     }
 }
 

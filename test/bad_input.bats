@@ -1,8 +1,8 @@
 #!/usr/bin/env bats
 # bad_input.bats: what the binary refuses: one line on stderr that names the flag or file and the value, exit status 2, and nothing written.
 #
-# Each line of a table is the flags, then a pattern that the one line must match. The same goes for ranks under mpirun: one line, whoever says it, and
-# all of them end. mpirun adds a banner of its own.
+# Each line of a table is the flags, then a pattern that the one line must match. The same goes for ranks under mpirun: one line, whoever says
+# it, and all of them end. mpirun adds a banner of its own.
 # shellcheck disable=SC2030,SC2031,SC2086,SC2154 # $TINY is a list of words; output, status and stderr are bats's
 
 load common
@@ -37,15 +37,16 @@ setup_file() {
 
 setup() { cd "$BATS_FILE_TMPDIR" || return; }
 
-# refuses COMMAND… PATTERN: the status is 2, the only line of stderr starts with the program's name and matches the pattern, stdout is empty, and
-# there is no out
+# refuses COMMAND… PATTERN: the status is 2, the only line of stderr starts with the program's name and matches the pattern, stdout is empty,
+# and there is no out
 refuses() {
     local pattern=${*: -1} start=$SECONDS
     run --separate-stderr timeout 20 "${@:1:$#-1}"
     # shellcheck disable=SC2053 # a pattern
-    if [ "$status" != 2 ] || [ "$(wc -l <<< "$stderr")" != 1 ] || [[ $stderr != "train_gpt_fp8: "$pattern ]] || [ -n "$output" ] || [ -e out ] \
-        || ((SECONDS - start > 10)); then
-        printf 'command: %s\nwanted: %s\nstatus %s after %s s, out %s\nstderr: %s\nstdout: %s\n' "${*:1:$#-1}" "$pattern" "$status" $((SECONDS - start)) \
+    if [ "$status" != 2 ] || [ "$(wc -l <<< "$stderr")" != 1 ] || [[ $stderr != "train_gpt_fp8: "$pattern ]] || [ -n "$output" ] ||
+        [ -e out ] || ((SECONDS - start > 10)); then
+        printf 'command: %s\nwanted: %s\nstatus %s after %s s, out %s\nstderr: %s\nstdout: %s\n' \
+            "${*:1:$#-1}" "$pattern" "$status" $((SECONDS - start)) \
             "$([ -e out ] && echo "was made" || echo "was not made")" "$stderr" "${output:0:300}"
         rm -rf out
         return 1
@@ -67,7 +68,8 @@ refuses_each() {
     [ -z "$stderr" ]
     run -0 --separate-stderr "$TRAIN" --train-data good.bin $TINY --vocab 100 --steps 1 --output-dir "$BATS_TEST_TMPDIR/out"
     run -0 --separate-stderr "$TRAIN" --train-data wide.bin $TINY --vocab 100 --steps 1 --output-dir "$BATS_TEST_TMPDIR/out"
-    run -0 --separate-stderr "$TRAIN" --train-data good.bin --init model.bin --seq-len 12 --val-every 0 --steps 1 --output-dir "$BATS_TEST_TMPDIR/out"
+    run -0 --separate-stderr "$TRAIN" --train-data good.bin --init model.bin --seq-len 12 --val-every 0 --steps 1 \
+        --output-dir "$BATS_TEST_TMPDIR/out"
     run -0 --separate-stderr "$TRAIN" --train-data token.bin $TINY --vocab 50258 --steps 1 --output-dir "$BATS_TEST_TMPDIR/out"
 }
 
@@ -218,7 +220,8 @@ EOT
 --init model.bin --tie-embeddings no | --tie-embeddings:*model.bin*
 EOT
     shard tokens.bin uint16 4000 0 100 # the file's vocabulary is 100: this token is one too many
-    refuses "$TRAIN" --train-data tokens.bin --init model.bin --seq-len 12 --steps 2 --output-dir out '--train-data: tokens.bin: the token at offset * is 100*'
+    refuses "$TRAIN" --train-data tokens.bin --init model.bin --seq-len 12 --steps 2 --output-dir out \
+        '--train-data: tokens.bin: the token at offset * is 100*'
 }
 
 @test "output folders that cannot be written" {
@@ -249,9 +252,9 @@ EOT
     local flag
     run -0 --separate-stderr "$TRAIN" --frobnicate --help
     [ -z "$stderr" ]
-    for flag in train-data val-data val-split init layers heads width vocab position tie-embeddings micro-batch seq-len global-batch steps overfit-batch lr \
-        warmup min-lr-frac lr-schedule weight-decay clip beta1 beta2 eps skip-loss-z skip-grad-z recipe fp8-scaling fp8-fwd fp8-bwd bf16-layers recompute \
-        output-dir val-every val-batches sample-every sample-len profile seed staged; do
+    for flag in train-data val-data val-split init layers heads width vocab position tie-embeddings micro-batch seq-len global-batch steps \
+        overfit-batch lr warmup min-lr-frac lr-schedule weight-decay clip beta1 beta2 eps skip-loss-z skip-grad-z recipe fp8-scaling fp8-fwd \
+        fp8-bwd bf16-layers recompute output-dir val-every val-batches sample-every sample-len profile seed staged; do
         grep -qE -- "^ .* --$flag( |\$)" <<< "$output" || { echo "--$flag is missing"; return 1; }
     done
     awk 'length($0) > 110 { print "too long: " $0; bad = 1 } END { exit bad }' <<< "$output"
@@ -265,9 +268,10 @@ refuses_on() {
     run timeout 20 mpirun "${mpi_flags[@]}" -np "$ranks" "${@:2:$#-2}"
     lines=$(grep '^train_gpt_fp8:' <<< "$output" || true)
     # shellcheck disable=SC2053 # a pattern
-    if [ "$status" != 2 ] || [ "$(wc -l <<< "$lines")" != 1 ] || [[ $lines != "train_gpt_fp8: "$pattern ]] || [ -e out ] || ((SECONDS - start > 10)); then
-        printf 'command: %s\nwanted: %s\nstatus %s after %s s, out %s\noutput: %s\n' "${*:2:$#-2}" "$pattern" "$status" $((SECONDS - start)) \
-            "$([ -e out ] && echo "was made" || echo "was not made")" "$output"
+    if [ "$status" != 2 ] || [ "$(wc -l <<< "$lines")" != 1 ] || [[ $lines != "train_gpt_fp8: "$pattern ]] || [ -e out ] ||
+        ((SECONDS - start > 10)); then
+        printf 'command: %s\nwanted: %s\nstatus %s after %s s, out %s\noutput: %s\n' \
+            "${*:2:$#-2}" "$pattern" "$status" $((SECONDS - start)) "$([ -e out ] && echo "was made" || echo "was not made")" "$output"
         rm -rf out
         return 1
     fi

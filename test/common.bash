@@ -1,7 +1,7 @@
 # common.bash: what the end-to-end tests of the binary share: how it is started, the data it is fed, and how its log is read.
 #
-# The binary is $TRAIN (default ./train_gpt_fp8). Data is made by small generators with their own random numbers, so it is the same with every awk
-# and perl. Needs bash, awk, perl-base and coreutils.
+# The binary is $TRAIN (default ./train_gpt_fp8). Data is made by small generators with their own random numbers, so it is the same with every
+# awk and perl. Needs bash, awk, perl-base and coreutils.
 # shellcheck shell=bash
 
 bats_require_minimum_version 1.5.0
@@ -48,7 +48,7 @@ text_file() {
         }' > "$1"
 }
 
-# shard FILE uint16|uint32 TOKENS FIRST LAST: a shard of llm.c whose tokens lie in FIRST..LAST, each most often following from the one before
+# shard FILE uint16|uint32 TOKENS FIRST LAST: a shard of llm.c whose tokens lie in FIRST..LAST, each most often a function of the one before
 shard() {
     perl -e '
         my ($kind, $n, $first, $last) = @ARGV;
@@ -66,7 +66,7 @@ shard() {
 
 # ---- reading what a run has written ----
 
-# column FIELD DIR: a field of every line of DIR/log.jsonl but the first (the config) that has it. "loss" is not "val_loss": the quote is part of it.
+# column FIELD DIR: a field of every line of DIR/log.jsonl but the first (the config) that has it. "loss" is not "val_loss": the quotes count.
 column() {
     awk -v key="\"$1\":" '{
         at = index($0, key)
@@ -91,7 +91,7 @@ holds() {
     }
 }
 
-# same_column FIELD DIR1 DIR2 BOUND: in both logs the field has as many values, at least one, and they agree within BOUND (relative; 0: as text)
+# same_column FIELD DIR1 DIR2 BOUND: both logs have the field as often, at least once, and agree within BOUND (relative; 0: as text)
 same_column() {
     column "$1" "$2" > "$BATS_TEST_TMPDIR/column1"
     column "$1" "$3" > "$BATS_TEST_TMPDIR/column2"
@@ -127,7 +127,7 @@ valid_json() {
         echo "$1 is missing or empty"
         return 1
     }
-    if command -v python3 > /dev/null && python3 -c '' 2> /dev/null; then
+    if python3 -c '' 2> /dev/null; then
         python3 -c '
 import json, sys
 def refuse(word): raise ValueError(word + " is not JSON")

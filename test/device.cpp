@@ -1,5 +1,5 @@
-// Tests of core/device.cuh: the Team's loops and reductions against plain ones, packs against single elements, exp against float64, and what a kernel
-// may rely on: every row once, in bounds, the same bits again.
+// Tests of core/device.cuh: the Team's loops and reductions against plain ones, packs against single elements, exp against float64, and
+// what a kernel may rely on: every row once, in bounds, the same bits again.
 #include "check.h"
 #include "../core/device.cuh"
 
@@ -13,7 +13,9 @@ template <class T> __attribute__((noinline)) static T exp_one(T x) { return exp_
 static void check_exp(float x, double units) {
     double want = exp((double)x), got = (double)exp_one(x);
     double unit = ldexp(1.0, max_of(ilogb(want), -126) - 23);
-    if (!(fabs(got - want) <= units * unit)) { fail_msg("exp(%.9g) is %.9g, should be %.9g: %.3g units away", (double)x, got, want, fabs(got - want) / unit); }
+    if (!(fabs(got - want) <= units * unit)) {
+        fail_msg("exp(%.9g) is %.9g, should be %.9g: %.3g units away", (double)x, got, want, fabs(got - want) / unit);
+    }
 }
 
 static void exp_is_right_within_two_units(void**) {
@@ -105,7 +107,8 @@ struct Results {
     Array<float> x, w, doubled, sums, pairs, copies, maxima;
     Array<uint32_t> amaxes;
     Results(int r, int c)
-        : rows(r), C(c), x((size_t)r * c), w((size_t)r * c), doubled((size_t)r * c), sums(r), pairs(2 * r), copies((size_t)r * c), maxima(r), amaxes(r) {}
+        : rows(r), C(c), x((size_t)r * c), w((size_t)r * c), doubled((size_t)r * c), sums(r), pairs(2 * r), copies((size_t)r * c),
+          maxima(r), amaxes(r) {}
     void run() {
         run_rows(Everything{x, w, doubled, sums, pairs, amaxes, copies, maxima, C}, rows, NULL);
         finish();
@@ -283,12 +286,14 @@ struct CountRow {
 };
 
 static void every_row_runs_once(void**) {
-    for (int rows : {0, 1, 2, 3, 1000}) {
-        Array<uint32_t> times(1001);
-        times.fill(0);
-        run_rows(CountRow{times}, rows, NULL);
-        finish();
-        for (int i = 0; i < 1001; i++) { assert_int_equal(times[i], i < rows ? 1 : 0); }
+    for (int threads = 1; threads <= 3; threads++) {
+        for (int rows : {0, 1, 2, 3, 1000}) {
+            Array<uint32_t> times(1001);
+            times.fill(0);
+            with_threads(threads, [&] { run_rows(CountRow{times}, rows, NULL); });
+            finish();
+            for (int i = 0; i < 1001; i++) { assert_int_equal(times[i], i < rows ? 1 : 0); }
+        }
     }
     run_rows(CountRow{NULL}, -1, NULL);
 }
@@ -357,11 +362,13 @@ static void packs_hold_what_single_elements_hold(void**) {
 static void packs_calculate_by_element(void**) {
     Vec<8> a, b, c;
     for (int k = 0; k < 8; k++) { a.v[k] = (float)normal(); b.v[k] = (float)normal() + 3.0f; c.v[k] = (float)normal(); }
-    Vec<8> sum = a + b, difference = a - b, product = a * b, quotient = a / b, left = 2.0f - a, right = a / 3.0f, root = sqrt_of(b), fused = fma_of(a, b, c);
+    Vec<8> sum = a + b, difference = a - b, product = a * b, quotient = a / b, left = 2.0f - a, right = a / 3.0f, root = sqrt_of(b),
+           fused = fma_of(a, b, c);
     Vec<8> fused_scalar = fma_of(a, 1.7f, c), power = exp_of(a), rounded = round_to<bf16>(a), same = splat(Range<8>{0}, 1.5f);
     for (int k = 0; k < 8; k++) {
         assert_true(sum.v[k] == a.v[k] + b.v[k] && difference.v[k] == a.v[k] - b.v[k] && product.v[k] == a.v[k] * b.v[k]);
-        assert_true(quotient.v[k] == a.v[k] / b.v[k] && left.v[k] == 2.0f - a.v[k] && right.v[k] == a.v[k] / 3.0f && root.v[k] == sqrtf(b.v[k]));
+        assert_true(quotient.v[k] == a.v[k] / b.v[k] && left.v[k] == 2.0f - a.v[k] && right.v[k] == a.v[k] / 3.0f
+                    && root.v[k] == sqrtf(b.v[k]));
         assert_true(fused.v[k] == fmaf(a.v[k], b.v[k], c.v[k]) && fused_scalar.v[k] == fmaf(a.v[k], 1.7f, c.v[k]));
         assert_true(power.v[k] == exp_of(a.v[k]) && rounded.v[k] == round_to<bf16>(a.v[k]) && same.v[k] == 1.5f);
     }
@@ -371,12 +378,15 @@ static void packs_calculate_by_element(void**) {
 
 static void ordered_bits_order_as_floats_do(void**) {
     const float nan = bits_to_float(0x7fc00000u);
-    std::vector<float> list = {-INFINITY, -FLT_MAX, -1.0f, -FLT_MIN, -0x1p-149f, -0.0f, 0.0f, 0x1p-149f, FLT_MIN, 1.0f, FLT_MAX, INFINITY, nan};
+    std::vector<float> list = {-INFINITY, -FLT_MAX, -1.0f, -FLT_MIN, -0x1p-149f, -0.0f, 0.0f,
+                               0x1p-149f, FLT_MIN,  1.0f,  FLT_MAX,  INFINITY,   nan};
     for (size_t i = 0; i < list.size(); i++) {
         if (i > 0) { assert_true(ordered_bits(list[i - 1]) < ordered_bits(list[i])); }
         assert_int_equal(float_to_bits(from_ordered_bits(ordered_bits(list[i]))), float_to_bits(list[i]));
     }
-    for (uint32_t bits : {0xffc00000u, 0x7f800001u, 0xff800001u, 0xffffffffu}) { assert_true(ordered_bits(bits_to_float(bits)) > ordered_bits(INFINITY)); }
+    for (uint32_t bits : {0xffc00000u, 0x7f800001u, 0xff800001u, 0xffffffffu}) {
+        assert_true(ordered_bits(bits_to_float(bits)) > ordered_bits(INFINITY));
+    }
     for (int i = 0; i < 100000; i++) {
         float a = any_float(), b = any_float();
         if (isnan(a) || isnan(b) || a == b) { continue; }

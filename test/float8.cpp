@@ -1,5 +1,5 @@
-// Tests of core/float8.cuh. Decoding is compared with the formats' definition in float64; encoding with a search for the nearest decoded value; both
-// with NVIDIA's own conversions where its headers are; the vector form with one element at a time.
+// Tests of core/float8.cuh. Decoding is compared with the formats' definition in float64; encoding with a search for the nearest decoded
+// value; both with NVIDIA's own conversions where its headers are; the vector form with one element at a time.
 #include "check.h"
 #include <algorithm>
 #include "../core/float8.cuh"
@@ -13,10 +13,22 @@
 // ---- the formats, from their definition ----
 
 template <class T> struct Format;
-template <> struct Format<e4m3> { static constexpr int EXPONENT = 4, MANTISSA = 3, BIAS = 7; static constexpr bool IEEE = false, SATURATES = true; };
-template <> struct Format<e5m2> { static constexpr int EXPONENT = 5, MANTISSA = 2, BIAS = 15; static constexpr bool IEEE = true, SATURATES = true; };
-template <> struct Format<fp16> { static constexpr int EXPONENT = 5, MANTISSA = 10, BIAS = 15; static constexpr bool IEEE = true, SATURATES = true; };
-template <> struct Format<bf16> { static constexpr int EXPONENT = 8, MANTISSA = 7, BIAS = 127; static constexpr bool IEEE = true, SATURATES = false; };
+template <> struct Format<e4m3> {
+    static constexpr int EXPONENT = 4, MANTISSA = 3, BIAS = 7;
+    static constexpr bool IEEE = false, SATURATES = true;
+};
+template <> struct Format<e5m2> {
+    static constexpr int EXPONENT = 5, MANTISSA = 2, BIAS = 15;
+    static constexpr bool IEEE = true, SATURATES = true;
+};
+template <> struct Format<fp16> {
+    static constexpr int EXPONENT = 5, MANTISSA = 10, BIAS = 15;
+    static constexpr bool IEEE = true, SATURATES = true;
+};
+template <> struct Format<bf16> {
+    static constexpr int EXPONENT = 8, MANTISSA = 7, BIAS = 127;
+    static constexpr bool IEEE = true, SATURATES = false;
+};
 
 template <class T> static const char* name_of(void) { return dtype_names[DTypeOf<T>::value]; }
 template <class T> static uint32_t sign_of(void) { return 1u << (Format<T>::EXPONENT + Format<T>::MANTISSA); }
@@ -48,7 +60,7 @@ template <class T> static uint32_t nearest(float x) {
     if (x != x) { return sign_of<T>() - 1; }
     double a = fabs((double)x);
     if (a > grid[max]) {
-        double limit = grid[max] + (grid[max] - grid[max - 1]) / 2;  // IEEE rounding: from half a step beyond the largest value on it is inf
+        double limit = grid[max] + (grid[max] - grid[max - 1]) / 2;  // IEEE rounding: inf begins half a step beyond the largest value
         code = Format<T>::SATURATES || a < limit ? max : max + 1;
     } else {
         uint32_t high = (uint32_t)(std::lower_bound(grid.begin(), grid.end(), a) - grid.begin());
@@ -59,8 +71,8 @@ template <class T> static uint32_t nearest(float x) {
     return code | (signbit(x) ? sign_of<T>() : 0);
 }
 
-// Numbers where an error would show, of both signs: every value, every midpoint between two values, one unit of the float around both, every FP16
-// value, powers of two, subnormal floats, inf, NaN, and any floats at all
+// Numbers where an error would show, of both signs: every value, every midpoint between two values, one unit of the float around both,
+// every FP16 value, powers of two, subnormal floats, inf, NaN, and any floats at all
 template <class T> static const std::vector<float>& points(void) {
     static std::vector<float> list;
     if (!list.empty()) { return list; }
@@ -73,7 +85,9 @@ template <class T> static const std::vector<float>& points(void) {
     }
     for (int e = -149; e <= 127; e++) { positive.push_back(ldexpf(1.0f, e)); }
     for (uint32_t u : {1u, 2u, 3u, 0x7fffffu, 0x7ffffeu, 0x400000u, 0x400001u}) { positive.push_back(bits_to_float(u)); }
-    for (float x : {448.0f, 464.0f, 480.0f, 512.0f, 57344.0f, 61440.0f, 65504.0f, 65520.0f, 65536.0f, 1e10f, FLT_MAX}) { positive.push_back(x); }
+    for (float x : {448.0f, 464.0f, 480.0f, 512.0f, 57344.0f, 61440.0f, 65504.0f, 65520.0f, 65536.0f, 1e10f, FLT_MAX}) {
+        positive.push_back(x);
+    }
     for (uint32_t code = 0; code < 0x7c00; code++) { positive.push_back((float)defined_value<fp16>(code)); }
     size_t exact = positive.size();
     for (size_t i = 0; i < exact; i++) {
@@ -161,7 +175,9 @@ template <class T> static void check_round_trip(void) {
         double x = defined_value<T>(code);
         if (x - x != 0.0) { continue; }
         assert_int_equal(encode_one<T>((float)x).bits, code);
-        for (uint32_t random : {0u, 0xffffffffu, 0x80000000u, 0x12345678u}) { assert_int_equal(encode_one_stochastic<T>((float)x, random).bits, code); }
+        for (uint32_t random : {0u, 0xffffffffu, 0x80000000u, 0x12345678u}) {
+            assert_int_equal(encode_one_stochastic<T>((float)x, random).bits, code);
+        }
     }
 }
 
@@ -173,30 +189,41 @@ static void exact_values_never_change(void**) {
 }
 
 #ifdef NVIDIA_HEADERS
-static bool same_code(uint32_t a, uint32_t b, double value_a, double value_b) { return a == b || (value_a != value_a && value_b != value_b); }
+static bool same_code(uint32_t a, uint32_t b, double value_a, double value_b) {
+    return a == b || (value_a != value_a && value_b != value_b);
+}
 
 static void nvidias_conversions_give_the_same_codes(void**) {
     for (float x : points<e4m3>()) {
         uint32_t got = encode_one<e4m3>(x).bits, want = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
-        if (!same_code(got, want, defined_value<e4m3>(got), defined_value<e4m3>(want))) { fail_msg("e4m3 of %.9g is 0x%x, NVIDIA's 0x%x", (double)x, got, want); }
+        if (!same_code(got, want, defined_value<e4m3>(got), defined_value<e4m3>(want))) {
+            fail_msg("e4m3 of %.9g is 0x%x, NVIDIA's 0x%x", (double)x, got, want);
+        }
     }
     for (float x : points<e5m2>()) {
         uint32_t got = encode_one<e5m2>(x).bits, want = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E5M2);
-        if (!same_code(got, want, defined_value<e5m2>(got), defined_value<e5m2>(want))) { fail_msg("e5m2 of %.9g is 0x%x, NVIDIA's 0x%x", (double)x, got, want); }
+        if (!same_code(got, want, defined_value<e5m2>(got), defined_value<e5m2>(want))) {
+            fail_msg("e5m2 of %.9g is 0x%x, NVIDIA's 0x%x", (double)x, got, want);
+        }
     }
     for (float x : points<bf16>()) {
         __nv_bfloat16_raw raw = __float2bfloat16_rn(x);
         uint32_t got = encode_one<bf16>(x).bits, want = raw.x;
-        if (!same_code(got, want, defined_value<bf16>(got), defined_value<bf16>(want))) { fail_msg("bf16 of %.9g is 0x%x, NVIDIA's 0x%x", (double)x, got, want); }
+        if (!same_code(got, want, defined_value<bf16>(got), defined_value<bf16>(want))) {
+            fail_msg("bf16 of %.9g is 0x%x, NVIDIA's 0x%x", (double)x, got, want);
+        }
     }
     for (float x : points<fp16>()) {
         if (fabsf(x) >= 65520.0f) { continue; }  // NVIDIA's goes to inf there, ours saturates
         __half_raw raw = __float2half_rn(x);
         uint32_t got = encode_one<fp16>(x).bits, want = raw.x;
-        if (!same_code(got, want, defined_value<fp16>(got), defined_value<fp16>(want))) { fail_msg("fp16 of %.9g is 0x%x, NVIDIA's 0x%x", (double)x, got, want); }
+        if (!same_code(got, want, defined_value<fp16>(got), defined_value<fp16>(want))) {
+            fail_msg("fp16 of %.9g is 0x%x, NVIDIA's 0x%x", (double)x, got, want);
+        }
     }
     for (uint32_t code = 0; code < 256; code++) {
-        __half_raw a = __nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)code, __NV_E4M3), b = __nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)code, __NV_E5M2);
+        __half_raw a = __nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)code, __NV_E4M3),
+                   b = __nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)code, __NV_E5M2);
         double x = (double)decode_one(e4m3{(uint8_t)code}), y = (double)decode_one(e5m2{(uint8_t)code});
         assert_true(defined_value<fp16>(a.x) == x || x != x);
         assert_true(defined_value<fp16>(b.x) == y || y != y);
@@ -260,7 +287,9 @@ template <class T> static void check_loops(void) {
         run_rows(DecodeRows<T>{back, y, C}, rows, NULL);
         finish();
         for (size_t i = 0; i < used; i++) {
-            if (float_to_bits(back[i]) != float_to_bits(decode_one(want[i]))) { fail_msg("%s: decoding rows of %d differs at %zu", name_of<T>(), C, i); }
+            if (float_to_bits(back[i]) != float_to_bits(decode_one(want[i]))) {
+                fail_msg("%s: decoding rows of %d differs at %zu", name_of<T>(), C, i);
+            }
         }
     }
 }
@@ -283,15 +312,19 @@ template <class T> static void check_neighbours(void) {
         uint32_t random = i % 4 == 0 ? 0u : i % 4 == 1 ? 0xffffffffu : random_u32();
         uint32_t got = encode_one_stochastic<T>(x, random).bits, low, high;
         double a = fabs((double)x);
-        if (x != x) { low = high = sign_of<T>() - 1; }
-        else if (a > grid[max]) { low = Format<T>::SATURATES || isinf(x) == 0 ? max : max + 1; high = Format<T>::SATURATES ? max : max + 1; }
-        else {
+        if (x != x) {
+            low = high = sign_of<T>() - 1;
+        } else if (a > grid[max]) {
+            low = Format<T>::SATURATES || isinf(x) == 0 ? max : max + 1;
+            high = Format<T>::SATURATES ? max : max + 1;
+        } else {
             high = (uint32_t)(std::lower_bound(grid.begin(), grid.end(), a) - grid.begin());
             low = grid[high] == a ? high : high - 1;
         }
         uint32_t sign = x == x && signbit(x) ? sign_of<T>() : 0;
         if (got != (low | sign) && got != (high | sign)) {
-            fail_msg("%s of %.9g with random 0x%08x is 0x%x, neither 0x%x nor 0x%x", name_of<T>(), (double)x, random, got, low | sign, high | sign);
+            fail_msg("%s of %.9g with random 0x%08x is 0x%x, neither 0x%x nor 0x%x", name_of<T>(), (double)x, random, got, low | sign,
+                     high | sign);
         }
     }
 }
@@ -310,7 +343,9 @@ template <class T> static void check_share(float x, int bits) {
     int64_t up = 0;
     for (uint32_t i = 0; i < 1u << bits; i++) { up += encode_one_stochastic<T>(x, i << (32 - bits)).bits != low; }
     double share = ((double)x - (double)decode_one(T{(decltype(T::bits))low})) / step;
-    if ((double)up != ldexp(share, bits)) { fail_msg("%s of %.9g is rounded up %.9g of the time, not %.9g", name_of<T>(), (double)x, ldexp((double)up, -bits), share); }
+    if ((double)up != ldexp(share, bits)) {
+        fail_msg("%s of %.9g is rounded up %.9g of the time, not %.9g", name_of<T>(), (double)x, ldexp((double)up, -bits), share);
+    }
 }
 
 static void stochastic_rounding_has_exact_shares(void**) {
@@ -364,7 +399,9 @@ template <class T> static void check_layouts(void) {
             memset((void*)y.p, 0, y.n * sizeof(T));
             with_threads(threads, [&] { run_rows(StochasticRows<T>{y, x, key, (int)(x.n / (size_t)split)}, split, NULL); });
             finish();
-            if (memcmp(y.p, want.p, y.n * sizeof(T)) != 0) { fail_msg("%s: %d threads, %d rows: other bits", name_of<T>(), threads, split); }
+            if (memcmp(y.p, want.p, y.n * sizeof(T)) != 0) {
+                fail_msg("%s: %d threads, %d rows: other bits", name_of<T>(), threads, split);
+            }
         }
     }
 }
@@ -388,7 +425,10 @@ static float exact_scale(float amax, float largest, int margin) {
 
 static void check_scale(float amax, float largest, int margin) {
     float got = scale_from_amax(amax, largest, margin, 3.0f), want = exact_scale(amax, largest, margin);
-    if (got != want) { fail_msg("scale of amax %.9g for %.9g with margin %d is %.9g, not %.9g", (double)amax, (double)largest, margin, (double)got, (double)want); }
+    if (got != want) {
+        fail_msg("scale of amax %.9g for %.9g with margin %d is %.9g, not %.9g", (double)amax, (double)largest, margin, (double)got,
+                 (double)want);
+    }
     if (margin == 0 && got > 0x1p-126f && got < 0x1p126f) {  // the property itself: as large as fits
         assert_true((double)amax * (double)got <= (double)largest);
         assert_true(2.0 * (double)amax * (double)got > (double)largest);
@@ -459,7 +499,8 @@ static void random_bits_look_random(void**) {
     for (int turn = 1; turn < 32; turn += 5) {  // one bit against another of the same number
         check_bits("bits of one number", [=](uint64_t i) { uint32_t r = random_bits(key, i); return r ^ (r << turn | r >> (32 - turn)); });
     }
-    RandomKey others[] = {random_key(2, 2, 3), random_key(1, 3, 3), random_key(1, 2, 4), random_key(1, 2, 5), random_key(0, 0, 0), random_key(2, 1, 3)};
+    RandomKey others[] = {random_key(2, 2, 3), random_key(1, 3, 3), random_key(1, 2, 4),
+                          random_key(1, 2, 5), random_key(0, 0, 0), random_key(2, 1, 3)};
     for (RandomKey other : others) { check_bits("two keys", [=](uint64_t i) { return random_bits(key, i) ^ random_bits(other, i); }); }
     check_bits("elements beyond 2^32", [=](uint64_t i) { return random_bits(key, i) ^ random_bits(key, i + (1ull << 32)); });
     check_bits("elements beyond 2^32 among themselves", [=](uint64_t i) { return random_bits(key, i << 32); });
@@ -487,7 +528,9 @@ static void every_part_of_the_key_counts(void**) {
         for (uint64_t step = 0; step < 10; step++) {
             for (uint64_t tensor = 0; tensor < 10; tensor++) {
                 RandomKey key = random_key(seed, step, tensor);
-                for (uint64_t i = 0; i < 10; i++) { drawn.push_back((uint64_t)random_bits(key, i) << 32 | random_bits(key, i + (1ull << 40))); }
+                for (uint64_t i = 0; i < 10; i++) {
+                    drawn.push_back((uint64_t)random_bits(key, i) << 32 | random_bits(key, i + (1ull << 40)));
+                }
             }
         }
     }

@@ -1,4 +1,5 @@
-// Tests of core/memory.h: what is planned is what is handed out, to the byte, and what does not fit or does not match ends the run with words.
+// Tests of core/memory.h: what is planned is what is handed out, to the byte, and what does not fit or does not match ends the run with
+// words.
 #include "check.h"
 #include "../core/memory.h"
 
@@ -90,7 +91,8 @@ static void more_than_is_free_is_refused_before_anything_is_taken(void**) {
     End end = end_of([&] { memory_require(&m, 1); });
     assert_int_equal(end.code, 2);
     assert_int_equal(end.lines, 1);
-    for (const char* word : {"1048577.50 GiB", "weights 1.50", "activations 1048576.00", "communication 0.00", "1 process ", "--micro-batch"}) {
+    for (const char* word :
+         {"1048577.50 GiB", "weights 1.50", "activations 1048576.00", "communication 0.00", "1 process ", "--micro-batch"}) {
         if (strstr(end.text, word) == NULL) { fail_msg("no '%s' in: %s", word, end.text); }
     }
     expect_end(2, "3 processes", NULL, [&] { memory_require(&m, 3); });

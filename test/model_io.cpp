@@ -30,12 +30,13 @@ struct Place { const char* name; int layer; int64_t rows, cols, first; };  // fi
 // llm.c's order, all layers of one tensor together
 static std::vector<Place> places(const std::vector<char>& file) {
     int64_t maxT = header_of(file, 2), L = header_of(file, 4), C = header_of(file, 6), Vp = header_of(file, 7), at = 0;
-    struct { const char* name; bool layers; int64_t rows, cols; } order[] = {
-        {"wte", false, Vp, C}, {"wpe", false, maxT, C}, {"ln1w", true, 1, C}, {"ln1b", true, 1, C}, {"qkvw", true, 3 * C, C}, {"qkvb", true, 1, 3 * C},
-        {"attprojw", true, C, C}, {"attprojb", true, 1, C}, {"ln2w", true, 1, C}, {"ln2b", true, 1, C}, {"fcw", true, 4 * C, C}, {"fcb", true, 1, 4 * C},
-        {"fcprojw", true, C, 4 * C}, {"fcprojb", true, 1, C}, {"lnfw", false, 1, C}, {"lnfb", false, 1, C}};
+    struct Tensor { const char* name; bool layers; int64_t rows, cols; };
+    const Tensor order[] = {{"wte", false, Vp, C},       {"wpe", false, maxT, C},  {"ln1w", true, 1, C},     {"ln1b", true, 1, C},
+                            {"qkvw", true, 3 * C, C},    {"qkvb", true, 1, 3 * C}, {"attprojw", true, C, C}, {"attprojb", true, 1, C},
+                            {"ln2w", true, 1, C},        {"ln2b", true, 1, C},     {"fcw", true, 4 * C, C},  {"fcb", true, 1, 4 * C},
+                            {"fcprojw", true, C, 4 * C}, {"fcprojb", true, 1, C},  {"lnfw", false, 1, C},    {"lnfb", false, 1, C}};
     std::vector<Place> list;
-    for (auto& t : order) {
+    for (const Tensor& t : order) {
         for (int l = 0; l < (t.layers ? L : 1); l++) {
             list.push_back(Place{t.name, t.layers ? l : -1, t.rows, t.cols, at});
             at += t.rows * t.cols;
@@ -53,12 +54,17 @@ static double value_at(const std::vector<char>& file, int64_t element) {
     }
     uint16_t half;
     memcpy(&half, file.data() + 1024 + 2 * element, 2);
-    return (half & 0x8000 ? -1.0 : 1.0) * ldexp((half & 0x7f80) != 0 ? 128.0 + (half & 0x7f) : 2.0 * (half & 0x7f), ((half >> 7) & 0xff) - 127 - 7);
+    return (half & 0x8000 ? -1.0 : 1.0)
+           * ldexp((half & 0x7f80) != 0 ? 128.0 + (half & 0x7f) : 2.0 * (half & 0x7f), ((half >> 7) & 0xff) - 127 - 7);
 }
 
 static Param param_of(const Place& t, int valid_rows) {
     Param p = {};
-    if (t.layer >= 0) { snprintf(p.name, sizeof(p.name), "h%d.%s", t.layer, t.name); } else { snprintf(p.name, sizeof(p.name), "%s", t.name); }
+    if (t.layer >= 0) {
+        snprintf(p.name, sizeof(p.name), "h%d.%s", t.layer, t.name);
+    } else {
+        snprintf(p.name, sizeof(p.name), "%s", t.name);
+    }
     p.layer = t.layer;
     p.rows = t.rows;
     p.cols = t.cols;
@@ -87,7 +93,9 @@ static void check_file(const char* path, int version, int element_bytes) {
         llmc_read(got.data(), &m, &p);
         for (int64_t i = 0; i < t.rows * t.cols; i++) {
             double want = wte && i >= m.vocab * t.cols ? 0.0 : value_at(file, t.first + i);
-            if ((double)got[(size_t)i] != want) { fail_msg("%s: %s[%d] is %.9g, not %.9g", path, p.name, (int)i, (double)got[(size_t)i], want); }
+            if ((double)got[(size_t)i] != want) {
+                fail_msg("%s: %s[%d] is %.9g, not %.9g", path, p.name, (int)i, (double)got[(size_t)i], want);
+            }
         }
     }
     llmc_close(&m);
@@ -111,7 +119,8 @@ static void both_versions_hold_the_same_model(void**) {
     llmc_close(&b);
 }
 
-// Our padding may be longer or shorter than the file's: the rows of the vocabulary are the same, the rest is zero. Fewer positions are the first ones.
+// Our padding may be longer or shorter than the file's: the rows of the vocabulary are the same, the rest is zero. Fewer positions are
+// the first ones.
 static void another_padding_and_fewer_positions(void**) {
     std::vector<char> file = bytes_of(V3);
     LlmcModel m = llmc_open("--init", V3);
@@ -122,7 +131,9 @@ static void another_padding_and_fewer_positions(void**) {
         Param p = param_of(wte, m.vocab);
         std::vector<float> got(param_elements(&p), NAN);
         llmc_read(got.data(), &m, &p);
-        for (int64_t i = 0; i < rows * m.width; i++) { assert_true((double)got[(size_t)i] == (i < m.vocab * m.width ? value_at(file, i) : 0.0)); }
+        for (int64_t i = 0; i < rows * m.width; i++) {
+            assert_true((double)got[(size_t)i] == (i < m.vocab * m.width ? value_at(file, i) : 0.0));
+        }
     }
     Place wpe = list[1];
     wpe.rows = 5;
@@ -140,11 +151,10 @@ static void another_padding_and_fewer_positions(void**) {
 
 // ---- bad files ----
 
-static char folder[64];
+static char folder[1024];
 
 static int make_folder(void**) {
-    const char* where = getenv("TMPDIR");
-    snprintf(folder, sizeof(folder), "%s/model_io.XXXXXX", where != NULL && strlen(where) < 32 ? where : "/tmp");
+    snprintf(folder, sizeof(folder), "%s/model_io_XXXXXX", getenv("TMPDIR") != NULL ? getenv("TMPDIR") : P_tmpdir);
     return mkdtemp(folder) == NULL ? -1 : 0;
 }
 
@@ -152,7 +162,7 @@ static int remove_folder(void**) { return rmdir(folder); }
 
 // A file of these bytes is refused with exit code 2 and one line that names the flag, the file, and `word`.
 static void expect_refusal(const std::vector<char>& bytes, const char* word) {
-    char path[128];
+    char path[1100];
     snprintf(path, sizeof(path), "%s/model.bin", folder);
     FILE* f = fopen(path, "wb");
     assert_non_null(f);
@@ -172,12 +182,13 @@ static std::vector<char> changed(const std::vector<char>& file, int at, int32_t 
     return copy;
 }
 
-static std::vector<char> first_bytes(const std::vector<char>& file, size_t n) { return std::vector<char>(file.begin(), file.begin() + (long)n); }
+static std::vector<char> first_bytes(const std::vector<char>& file, size_t n) {
+    return std::vector<char>(file.begin(), file.begin() + (long)n);
+}
 
 static void missing_files_and_folders_are_refused(void**) {
     expect_end(2, "--init: cannot open 'test/golden/nothing.bin'", "No such file", [] { llmc_open("--init", "test/golden/nothing.bin"); });
     expect_end(2, "-e: 'test/golden' is not a file", NULL, [] { llmc_open("-e", "test/golden"); });
-    expect_end(2, "--init: ''", NULL, [] { bad_input("--init: ''"); });
     expect_end(2, "--init: cannot open ''", NULL, [] { llmc_open("--init", ""); });
 }
 

@@ -1,4 +1,5 @@
-// Tests of core/params.h: the table's layout, and initial values: their distribution, and that they depend on seed, tensor and element alone.
+// Tests of core/params.h: the table's layout, and initial values: their distribution, and that they depend on seed, tensor and element
+// alone.
 #include "check.h"
 #include "../core/params.h"
 
@@ -68,7 +69,8 @@ static Param matrix(int64_t rows, int64_t cols, float std) {
     return p;
 }
 
-// Mean, variance, skewness and kurtosis of n draws lie within 4.5 standard deviations of those of N(0, std²), and neighbours are not correlated.
+// Mean, variance, skewness and kurtosis of n draws lie within 4.5 standard deviations of those of N(0, std²), and neighbours are not
+// correlated.
 static void initial_values_are_normal(void**) {
     for (uint64_t seed : {0ull, 1ull, 1337ull, ~0ull}) {
         for (float std : {1.0f, 0.02f}) {
@@ -119,7 +121,8 @@ static void initial_values_do_not_depend_on_threads(void**) {
     }
 }
 
-// Another seed or place in the table gives other numbers; another shape of as many elements the same ones: only the element's number counts.
+// Another seed or place in the table gives other numbers; another shape of as many elements the same ones: only the element's number
+// counts.
 static void initial_values_depend_on_seed_and_place(void**) {
     Param p = matrix(40, 30, 0.02f), wide = matrix(20, 60, 0.02f);
     std::vector<float> x(1200), seed(1200), place(1200), shape(1200);

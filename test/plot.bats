@@ -9,8 +9,8 @@ setup_file() {
     local recipe
     text_file "$BATS_FILE_TMPDIR/text.txt" 1000
     for recipe in bf16 fp8; do
-        "$TRAIN" --train-data "$BATS_FILE_TMPDIR/text.txt" $TINY --steps 20 --lr 3e-3 --recipe $recipe --val-split 0.1 --val-every 5 --val-batches 1 \
-            --output-dir "$BATS_FILE_TMPDIR/$recipe" > "$BATS_FILE_TMPDIR/$recipe.out"
+        "$TRAIN" --train-data "$BATS_FILE_TMPDIR/text.txt" $TINY --steps 20 --lr 3e-3 --recipe $recipe --val-split 0.1 --val-every 5 \
+            --val-batches 1 --output-dir "$BATS_FILE_TMPDIR/$recipe" > "$BATS_FILE_TMPDIR/$recipe.out"
     done
 }
 
@@ -25,7 +25,8 @@ setup() {
 refuses() {
     run --separate-stderr "$plot" "${@:1:$#-1}"
     # shellcheck disable=SC2053 # a pattern
-    if [ "$status" != 2 ] || [ "$(wc -l <<< "$stderr")" != 1 ] || [[ $stderr != "plot.sh: "${*: -1} ]] || compgen -G '*.png' > /dev/null; then
+    if [ "$status" != 2 ] || [ "$(wc -l <<< "$stderr")" != 1 ] || [[ $stderr != "plot.sh: "${*: -1} ]] ||
+        compgen -G '*.png' > /dev/null; then
         printf 'status %s, stderr: %s\n' "$status" "$stderr"
         return 1
     fi
@@ -52,7 +53,9 @@ refuses() {
     grep -q '>.*BF16, ends' loss.svg
     grep -q '>.*fp8, ends' loss.svg
     grep -qE 'a &lt;b(>|&gt;) &amp; c' loss.svg
-    if command -v python3 > /dev/null && python3 -c '' 2> /dev/null; then python3 -c 'import sys, xml.dom.minidom as m; m.parse(sys.argv[1])' loss.svg; fi
+    if python3 -c '' 2> /dev/null; then
+        python3 -c 'import sys, xml.dom.minidom as m; m.parse(sys.argv[1])' loss.svg
+    fi
 }
 
 @test "every field that a run logs can be drawn, over steps and tokens" {
