@@ -121,8 +121,8 @@ static inline int64_t loader_permute(int64_t index, int64_t n, uint64_t key) {
 
 // The source of the next sample. Taking the one that lags most drifts beyond one sample with five sources or more, so this is Tijdeman's
 // algorithm (The chairman assignment problem, 1980): of the sources that lag by at least d = 1/(2S-2), the one that would be the first to
-// lag by more than 1-d. It keeps |weight*samples - taken| <= 1-d for all sources at all times. The slack keeps rounding from leaving none to
-// choose.
+// lag by more than 1-d. It keeps |weight*samples - taken| <= 1-d for all sources at all times. The slack keeps rounding from leaving none
+// to choose.
 static inline int loader_next_source(const DataLoader* loader) {
     if (loader->source_count == 1) { return 0; }
     double d = 1.0 / (2 * loader->source_count - 2), slack = 1e-4, earliest = INFINITY;
@@ -372,7 +372,7 @@ static inline void loader_count_windows(DataLoader* loader) {
     }
 }
 
-// Opens the data of a SPEC at sample 0. Refuses wrong files and values (bad_input); nothing is left open for the caller to undo.
+// Opens the data of a SPEC at sample 0. Wrong files and values end the process (bad_input).
 static inline void loader_open(DataLoader* loader, const DataLoaderConfig* config) {
     memset(loader, 0, sizeof(*loader));
     loader->config = *config;

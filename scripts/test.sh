@@ -21,6 +21,7 @@ if [ -n "${MAKEFLAGS:-}" ]; then
 fi
 cores=$(nproc)
 export OMP_NUM_THREADS=$((cores < 2 ? cores : 2))
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait by spinning keep each other from working where cores are shared
 export LC_ALL=C
 
 scripts/setup.sh --check || scripts/setup.sh

@@ -104,8 +104,9 @@ static std::vector<float> random_flat(const Model& m, double deviation) {
 static std::vector<char> everything(const Model& m) {
     std::vector<char> all;
     auto add = [&](const void* p, size_t bytes) {
-        std::vector<char> x = from_device<char>(p, bytes);
-        all.insert(all.end(), x.begin(), x.end());
+        size_t at = all.size();
+        all.resize(at + bytes);
+        copy_to_host(all.data() + at, p, bytes, NULL);
     };
     add(m.o.master, m.n() * sizeof(float));
     add(m.o.m, m.n() * sizeof(float));
@@ -118,18 +119,14 @@ static std::vector<char> everything(const Model& m) {
     }
     return all;
 }
-static std::vector<char> counters(const Model& m, bool windows) {
+static std::vector<double> counters(const Model& m, bool windows) {
     OptimizerState s = m.state();
-    std::vector<char> all;
-    auto add = [&](const void* p, size_t bytes) { all.insert(all.end(), (const char*)p, (const char*)p + bytes); };
-    add(&s.beta1_power, sizeof(double));
-    add(&s.beta2_power, sizeof(double));
-    add(&s.correction1, sizeof(float));
-    add(&s.correction2, sizeof(float));
-    add(&s.record.applied, sizeof(int64_t));
-    if (windows) {
-        add(&s.losses, sizeof(OutlierWindow));
-        add(&s.norms, sizeof(OutlierWindow));
+    std::vector<double> all = {s.beta1_power, s.beta2_power, (double)s.correction1, (double)s.correction2, (double)s.record.applied};
+    for (const OutlierWindow* w : {&s.losses, &s.norms}) {
+        if (!windows) { break; }
+        all.push_back(w->count);
+        all.push_back(w->next);
+        for (double x : w->values) { all.push_back(x); }
     }
     return all;
 }
@@ -194,8 +191,8 @@ static void check_update(const std::vector<Spec>& specs, float clip) {
         b2 *= 0.95;
         double squares = 0;
         for (float x : g) { squares += x == x ? (double)x * (double)x : 0.0; }
-        double norm = sqrt(squares), factor = clip > 0.0f && norm > (double)clip ? (double)clip / norm : 1.0;
-        expect_near(r.grad_norm, norm, 1e-6 * norm, "norm");
+        expect_near(r.grad_norm, sqrt(squares), 1e-6 * sqrt(squares), "norm");
+        double factor = clip > 0.0f && r.grad_norm > (double)clip ? (double)clip / r.grad_norm : 1.0;
         assert_true(r.loss == 2.0 && r.skipped == NOT_SKIPPED && r.applied == t + 1);
         std::vector<bool> inside(m.n(), false);
         for (int i = 0; i < m.table->count; i++) {
@@ -340,7 +337,8 @@ static void non_finite_steps_leave_no_trace(void**) {
                 for (bool last : {false, true}) {
                     m.step(good, 1.0f);
                     applied++;
-                    std::vector<char> before = everything(m), counted = counters(m, true);
+                    std::vector<char> before = everything(m);
+                    std::vector<double> counted = counters(m, true);
                     std::vector<float> g = good;
                     float mean_loss = 1.0f;
                     if (where < 0) {
@@ -362,6 +360,20 @@ static void non_finite_steps_leave_no_trace(void**) {
             }
         }
     }
+}
+
+// The weights of the forward pass are not even written again: what stands there stays, right or not.
+static void a_skipped_step_writes_no_weight(void**) {
+    Model m(MIXED);
+    m.set_master(random_flat(m, 0.05));
+    for (int i = 0; i < m.table->count; i++) {
+        const Param* p = &m.table->items[i];
+        std::vector<char> other(param_elements(p) * (size_t)dtype_bytes(p->dtype), 0x11);
+        copy_to_device(p->weight, other.data(), other.size(), NULL);
+    }
+    std::vector<char> before = everything(m);
+    m.step(random_flat(m, 1.0), NAN);
+    assert_true(everything(m) == before);
 }
 
 // With and without bad steps in between, training goes the same way.
@@ -417,7 +429,8 @@ static void outliers_are_skipped_by_their_z_score(void**) {
         if (t % 71 == 70) { mean_loss -= 3.0f; }                        // a small loss is none to be afraid of
         if (t % 31 == 30) { mean_loss = t % 2 == 0 ? NAN : INFINITY; }
         if (t % 37 == 36) { g[3] = NAN; }
-        std::vector<char> before = everything(m), counted = counters(m, false);
+        std::vector<char> before = everything(m);
+        std::vector<double> counted = counters(m, false);
         StepRecord r = m.step(g, mean_loss);
         int want = NOT_SKIPPED;
         if (!isfinite(mean_loss)) { want = SKIP_NON_FINITE_LOSS; }
@@ -449,6 +462,16 @@ static void a_limit_of_zero_skips_no_outlier(void**) {
         assert_int_equal(r.skipped, NOT_SKIPPED);
         if (t == 180) { assert_true(r.loss_z > 8.0); }
         if (t == 190) { assert_true(r.norm_z > 8.0); }
+    }
+}
+
+static void a_window_takes_no_value_that_is_not_finite(void**) {
+    OutlierWindow w = {};
+    for (int i = 0; i < 200; i++) {
+        OutlierWindow before = w;
+        for (double bad : {(double)NAN, (double)INFINITY, -(double)INFINITY}) { assert_true(isnan(outlier_score(&w, bad))); }
+        assert_memory_equal(&w, &before, sizeof(w));
+        assert_int_equal(isnan(outlier_score(&w, (double)i)), i < 128);
     }
 }
 
@@ -494,9 +517,11 @@ int main(void) {
         cmocka_unit_test(norms_of_zero_and_of_very_small_gradients),
         cmocka_unit_test(clipping_starts_beyond_its_limit),
         cmocka_unit_test(non_finite_steps_leave_no_trace),
+        cmocka_unit_test(a_skipped_step_writes_no_weight),
         cmocka_unit_test(training_goes_on_as_if_a_skipped_step_had_not_been),
         cmocka_unit_test(outliers_are_skipped_by_their_z_score),
         cmocka_unit_test(a_limit_of_zero_skips_no_outlier),
+        cmocka_unit_test(a_window_takes_no_value_that_is_not_finite),
         cmocka_unit_test(values_that_do_not_vary_are_no_outliers),
         cmocka_unit_test(memory_is_as_documented),
     };

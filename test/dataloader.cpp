@@ -35,15 +35,16 @@ static ssize_t trying_pread(int fd, void* out, size_t bytes, off_t offset) {
     return pread(fd, out, reads == READS_FLAKY && bytes > 1 ? 1 + bytes / 3 : bytes, offset);
 }
 
-// Counts what the loader has allocated and not freed.
-static int allocations = 0;
-static void* counted_malloc(size_t bytes) { return allocations++, malloc(bytes); }
-static void* counted_realloc(void* p, size_t bytes) { return allocations += p == NULL, realloc(p, bytes); }
-static char* counted_strdup(const char* text) { return allocations++, strdup(text); }
-static char* counted_strndup(const char* text, size_t n) { return allocations++, strndup(text, n); }
+// Counts what the loader has allocated and not freed; memory runs out after `memory_left` allocations.
+static int allocations = 0, memory_left = INT32_MAX;
+static bool counted(void) { return memory_left-- > 0 && ++allocations > 0; }
+static void* counted_malloc(size_t bytes) { return counted() ? malloc(bytes) : NULL; }
+static void* counted_realloc(void* p, size_t bytes) { return p != NULL || counted() ? realloc(p, bytes) : NULL; }
+static char* counted_strdup(const char* text) { return counted() ? strdup(text) : NULL; }
+static char* counted_strndup(const char* text, size_t n) { return counted() ? strndup(text, n) : NULL; }
 static void counted_free(void* p) { allocations -= p != NULL; free(p); }
 static int counted_glob(const char* pattern, int flags, int (*error)(const char*, int), glob_t* matches) {
-    return allocations++, glob(pattern, flags, error, matches);
+    return counted() ? glob(pattern, flags, error, matches) : GLOB_NOSPACE;
 }
 static void counted_globfree(glob_t* matches) { allocations--; globfree(matches); }
 
@@ -714,6 +715,19 @@ static void a_file_that_fails_shrinks_or_goes_during_the_run_ends_it(void**) {
     assert_says({"goes", "cannot be opened any more: No such file"});
 }
 
+static void running_out_of_memory_ends_the_run(void**) {
+    write_run("memory.bin", 10, 0, 4);
+    DataLoaderConfig config = config_of("memory*.bin", 1);
+    int needed = 0;  // one by one: the entry, the list of matches, the list of files, the path, two buffers
+    for (; needed < 100; needed++) {
+        int status = status_of([&] { memory_left = needed; DataLoader loader; loader_open(&loader, &config); });
+        if (status == 0) { break; }
+        assert_int_equal(status, 1);
+        assert_says({"out of host memory"});
+    }
+    assert_int_equal(needed, 6);
+}
+
 // ---- vocabulary ----
 
 static void the_vocabulary_is_derived_or_given(void**) {
@@ -930,6 +944,7 @@ int main(void) {
         cmocka_unit_test(many_files_need_few_descriptors_and_close_frees_all),
         cmocka_unit_test(short_and_interrupted_reads_are_continued),
         cmocka_unit_test(a_file_that_fails_shrinks_or_goes_during_the_run_ends_it),
+        cmocka_unit_test(running_out_of_memory_ends_the_run),
         cmocka_unit_test(the_vocabulary_is_derived_or_given),
         cmocka_unit_test(tokens_outside_the_vocabulary_are_refused),
         cmocka_unit_test(tokens_beyond_the_scan_are_checked_when_they_are_read),

@@ -298,29 +298,29 @@ static void every_row_runs_once(void**) {
     run_rows(CountRow{NULL}, -1, NULL);
 }
 
-struct RaiseMaximum {
-    uint32_t* target;
+struct RaiseMaximum {  // targets[row % n] = max of it and values[row]
+    uint32_t* targets;
     const uint32_t* values;
+    int n;
     template <class Team> DEVICE void operator()(Team team, int row) const {
-        if (team.leads()) { atomic_max(target + row % 2, values[row]); }
+        if (team.leads()) { atomic_max(targets + row % n, values[row]); }
     }
 };
 
+// As many targets as rows of a thread: all threads go over the same targets in the same order at the same time.
 static void atomic_maxima_lose_nothing(void**) {
-    const int n = 20000;
-    Array<uint32_t> target(2), values(n);
-    for (int round = 0; round < 20; round++) {
-        uint32_t want[2] = {5, 0};
-        target[0] = 5;
-        target[1] = 0;
-        for (int i = 0; i < n; i++) {
-            values[i] = round == 0 ? (uint32_t)i % 3 : random_u32() >> (round % 8);
-            want[i % 2] = max_of(want[i % 2], (uint32_t)values[i]);
+    const int threads = 2, n = 50000;
+    Array<uint32_t> targets(n), values(threads * n);
+    std::vector<uint32_t> want(n);
+    for (int round = 0; round < 40; round++) {
+        for (int i = 0; i < n; i++) { targets[i] = want[(size_t)i] = (uint32_t)round; }
+        for (int i = 0; i < threads * n; i++) {
+            values[i] = random_u32() >> (round % 32);
+            want[(size_t)(i % n)] = max_of(want[(size_t)(i % n)], values.p[i]);
         }
-        with_threads(3, [&] { run_rows(RaiseMaximum{target, values}, n, NULL); });
+        with_threads(threads, [&] { run_rows(RaiseMaximum{targets, values, n}, threads * n, NULL); });
         finish();
-        assert_int_equal(target[0], want[0]);
-        assert_int_equal(target[1], want[1]);
+        assert_memory_equal(targets.p, want.data(), n * sizeof(uint32_t));
     }
 }
 

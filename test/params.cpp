@@ -11,7 +11,7 @@ static void offsets_are_aligned_and_apart(void**) {
     empty_table();
     const int64_t shapes[][2] = {{1, 1}, {1, 63}, {1, 64}, {1, 65}, {37, 1}, {3, 1000}, {50304, 768}};
     for (int i = 0; i < 7; i++) {
-        char name[8];
+        char name[16];
         snprintf(name, sizeof(name), "p%d", i);
         Param* p = param_add(&table, name, i, shapes[i][0], shapes[i][1], i % 2 == 0 ? MATRIX : VECTOR, BF16);
         assert_int_equal(param_elements(p), shapes[i][0] * shapes[i][1]);
