@@ -38,9 +38,11 @@ static void parameters_are_found_by_their_whole_name(void**) {
     empty_table();
     param_add(&table, "wte", -1, 10, 4, EMBEDDING, BF16);
     param_add(&table, "h1.qkvw", 1, 12, 4, MATRIX, E4M3);
+    param_add(&table, "h11.qkvb", 11, 1, 12, VECTOR, BF16);
     param_add(&table, "h11.qkvw", 11, 12, 4, MATRIX, E4M3);
+    param_add(&table, "h11.qkvw2", 11, 12, 4, MATRIX, E4M3);
     assert_ptr_equal(param_find(&table, "wte"), &table.items[0]);
-    assert_ptr_equal(param_find(&table, "h11.qkvw"), &table.items[2]);
+    assert_ptr_equal(param_find(&table, "h11.qkvw"), &table.items[3]);
     assert_ptr_equal(param_find(&table, "h1.qkvw"), &table.items[1]);
     assert_null(param_find(&table, "h1.qkv"));
     assert_null(param_find(&table, "wte2"));
@@ -69,8 +71,8 @@ static Param matrix(int64_t rows, int64_t cols, float std) {
     return p;
 }
 
-// Mean, variance, skewness and kurtosis of n draws lie within 4.5 standard deviations of those of N(0, std²), and neighbours are not
-// correlated.
+// Mean, variance, skewness and kurtosis of n draws lie within 4.5 standard deviations of those of N(0, std²), and neither neighbours nor
+// their squares are correlated.
 static void initial_values_are_normal(void**) {
     for (uint64_t seed : {0ull, 1ull, 1337ull, ~0ull}) {
         for (float std : {1.0f, 0.02f}) {
@@ -78,11 +80,15 @@ static void initial_values_are_normal(void**) {
             size_t n = param_elements(&p);
             std::vector<float> x(n);
             param_initialise(x.data(), &p, 3, seed);
-            double m[5] = {}, neighbours = 0, rows = 0, largest = 0;
+            double m[5] = {}, neighbours = 0, squares = 0, rows = 0, largest = 0;
             for (size_t i = 0; i < n; i++) {
                 double z = (double)x[i] / (double)std;
                 for (int k = 1; k < 5; k++) { m[k] += pow(z, k) / (double)n; }
-                if (i > 0) { neighbours += z * (double)x[i - 1] / (double)std / (double)n; }
+                if (i > 0) {
+                    double before = (double)x[i - 1] / (double)std;
+                    neighbours += z * before / (double)n;
+                    squares += (z * z - 1.0) * (before * before - 1.0) / (double)n;
+                }
                 if (i >= 400) { rows += z * (double)x[i - 400] / (double)std / (double)n; }
                 largest = fmax(largest, fabs(z));
             }
@@ -92,6 +98,7 @@ static void initial_values_are_normal(void**) {
             expect_near(m[3], 0.0, unit * sqrt(15.0), "third moment");
             expect_near(m[4], 3.0, unit * sqrt(96.0), "fourth moment");
             expect_near(neighbours, 0.0, unit, "correlation of neighbours");
+            expect_near(squares, 0.0, unit * 2.0, "correlation of neighbours' squares");
             expect_near(rows, 0.0, unit, "correlation of rows");
             assert_true(largest > 4.0 && largest < 6.7);  // the generator's 32 bits end at 6.66
         }
