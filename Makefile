@@ -4,7 +4,7 @@
 
 # Wishes. Each may be given on the command line: make DEVICE=cuda GPU_ARCH="80 90a"
 DEVICE ?= auto
-GPU_ARCH ?= 90a
+GPU_ARCH ?=
 MARCH ?= native
 MPICC ?= mpicc
 ifeq ($(origin CXX),default)
@@ -62,7 +62,7 @@ binary: $(BUILD)/train_gpt_fp8 ## the same in its build folder only, leaving ./t
 tests: $(TESTS) ## the unit tests' programs, without running them
 
 config: ## show what was detected and the command lines that follow from it
-	@$(foreach v,DEVICE WHY BUILD CXX NVCC CUDA_HOME GPU_ARCH MPI NCCL ONEDNN JSON COMPILE LINK LIBS,\
+	@$(foreach v,DEVICE WHY BUILD CXX NVCC CUDA_HOME GPU_ARCH MPI NCCL ONEDNN JSON COMPILE TEST_CFLAGS LINK LIBS,\
 		printf '%s = %s\n' $(v) $(call quote,$($(v)));)
 
 # ./train_gpt_fp8 is a second name of the last one built; a running one keeps its own file.
@@ -76,7 +76,7 @@ $(BUILD)/%.o: %.cu $(BUILD)/flags
 
 $(BUILD)/%.o: %.cpp $(BUILD)/flags
 	@mkdir -p $(@D) && rm -f $(BUILD)/$*
-	$(COMPILE) -MMD -MP -MF $(BUILD)/$*.d -c $< -o $@
+	$(COMPILE) $(TEST_CFLAGS) -MMD -MP -MF $(BUILD)/$*.d -c $< -o $@
 
 $(BUILD)/train_gpt_fp8: $(BUILD)/train_gpt_fp8.o
 	$(LINK) $< -o $@ $(LIBS)
@@ -85,7 +85,7 @@ $(TESTS): $(BUILD)/test/%: $(BUILD)/test/%.o
 	$(LINK) $< -o $@ $(LIBS) -lcmocka
 
 # Everything compiled depends on this file, which changes when a command line does.
-COMMANDS := $(COMPILE) / $(LINK) $(LIBS)
+COMMANDS := $(COMPILE) / $(TEST_CFLAGS) / $(LINK) $(LIBS)
 ifneq ($(file <$(BUILD)/flags),$(COMMANDS))
 $(file >$(BUILD)/flags,$(COMMANDS))
 endif
@@ -102,7 +102,7 @@ endif
 setup: ## install by apt-get what is missing, saying what each package is for
 	@scripts/setup.sh
 
-test: ## build everything, run every test; ends with "N passed, N failed". ONLY="float8 build" picks some
+test: ## build everything, run every test on the CPU; ends with "N passed, N failed". ONLY="float8 build" picks some
 	@scripts/test.sh $(ONLY)
 
 soak: ## the same tests with their full counts: hours, before a release
@@ -125,7 +125,7 @@ help: ## this list
 	@printf '\nVariables, as in make DEVICE=cpu SANITIZE=address:\n'
 	@printf '  %-29s %s\n' \
 	    'DEVICE=auto|cuda|cpu' 'auto is cuda where nvcc and a GPU are there, else cpu' \
-	    'GPU_ARCH="80 89 90a 100"' 'GPUs to build for (default 90a), plus PTX of the last' \
+	    'GPU_ARCH="80 89 90a 100"' 'GPUs to build for (default: those here, else 90a), and, by PTX of the last, later ones' \
 	    'CXX NVCC CUDA_HOME MPICC' 'the tools, where those on PATH are not the ones meant' \
 	    'NCCL_HOME=DIR' 'the first place looked at for NCCL' \
 	    'NO_MPI=1 NO_NCCL=1' 'build without' \

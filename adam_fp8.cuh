@@ -1,7 +1,7 @@
 // adam_fp8.cuh: the optimizer: gradient norm, the decision whether to step, AdamW.
 //
 // After the gradients of a step are summed over ranks, three kernels run, and the host waits for none of them:
-//   1. the squared norm: partial sums over fixed pieces of 4096 elements of each tensor, added in float64 in the tensors' order, so that the value
+//   1. the squared norm: partial sums over fixed pieces of 4096 elements of each tensor, added in float64 by a fixed tree a tensor, then in the tensors' order, so that the value
 //      does not depend on how tensors are spread over threads or ranks;
 //   2. the decision, on the device, alike on every rank: a step whose loss or norm is not finite, or stands out by more than the allowed z-score from
 //      the last 128 steps, is skipped and leaves no trace in weights, moments or bias corrections (a value that is not finite does not enter the
@@ -72,15 +72,14 @@ struct SquaredPieces {  // partial[i] = Σ g² over the i-th piece of a tensor
     }
 };
 
-struct AddPieces {      // sums[i] = Σ of the pieces of tensor i, in float64, in order
+struct AddPieces {      // sums[i] = Σ of the pieces of tensor i in float64
     double* sums;
     const float* partial;
     const int64_t* first;  // (tensors + 1)
     template <class Team> DEVICE void operator()(Team team, int i) const {
-        if (!team.leads()) { return; }
-        double sum = 0.0;
-        for (int64_t k = first[i]; k < first[i + 1]; k++) { sum += (double)partial[k]; }
-        sums[i] = sum;
+        const float* p = partial + first[i];
+        double sum = team.sum_double(first[i + 1] - first[i], [=](int64_t k) { return (double)p[k]; });
+        if (team.leads()) { sums[i] = sum; }
     }
 };
 

@@ -8,13 +8,7 @@
 #pragma once
 #include "core/collectives.cuh"
 
-// ---- who does what ----
-
-struct Topology {
-    int dp, dp_rank;  // ranks that hold the same weights and take different sequences
-};
-
-static inline Topology topology_of(const World* w) { return Topology{w->size, w->rank}; }
+// ---- threads ----
 
 // The threads that this process should use on the CPU: OMP_NUM_THREADS where it is set, else its share of the node's cores.
 static inline int threads_per_rank(const World* w) {

@@ -91,14 +91,6 @@ struct LoaderPosition {
 
 // ---- order ----
 
-// Finalizer of splitmix64: a bijection of 64-bit words in which every input bit moves every output bit.
-static inline uint64_t loader_mix(uint64_t x) {
-    x += 0x9e3779b97f4a7c15u;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return x ^ (x >> 31);
-}
-
 // Image of index under a pseudo-random permutation of 0..n-1 chosen by key: a Feistel network over 2*half bits, walked until it falls below
 // n (each cycle of the network's permutation loses its elements from n on: still a permutation). The domain is below 4n, so less than four
 // steps on average; it has at least 256 elements, since networks of very few bits make poor permutations.
@@ -110,7 +102,7 @@ static inline int64_t loader_permute(int64_t index, int64_t n, uint64_t key) {
     do {
         uint64_t left = x >> half, right = x & mask;
         for (uint64_t round = 0; round < 6; round++) {
-            uint64_t next = left ^ (loader_mix(key ^ (round << 32 | right)) & mask);
+            uint64_t next = left ^ (mix64(key ^ (round << 32 | right)) & mask);
             left = right;
             right = next;
         }
@@ -144,7 +136,7 @@ static inline int loader_locate(int64_t* window, const DataLoader* loader, int s
     const DataSource* source = &loader->sources[source_index];
     int64_t epoch = taken / source->windows, index = taken % source->windows;
     if (loader->config.shuffle) {
-        uint64_t key = loader_mix(loader_mix(loader_mix(loader->config.seed) + (uint64_t)source_index) + (uint64_t)epoch);
+        uint64_t key = mix64(mix64(mix64(loader->config.seed) + (uint64_t)source_index) + (uint64_t)epoch);
         index = loader_permute(index, source->windows, key);
     }
     int low = source->first_file, high = low + source->files;  // the last file whose first window is not beyond index

@@ -159,24 +159,27 @@ constexpr int COLUMN_TILE = 256;  // columns that one Team finishes
 
 struct FinishColumns {  // grad (C) = [grad +] Σ over strips of partial (strips, C), in order
     float* grad;
-    float* partial;      // its first row is overwritten
+    const float* partial;
     int strips, C;
     bool accumulate;
     template <class Team> DEVICE void operator()(Team full, int tile) const {
         Team team = full.strided(C);
-        int first = tile * COLUMN_TILE, n = min_of(C - first, COLUMN_TILE), width = C;
-        float* p = partial + first;
+        int first = tile * COLUMN_TILE, n = min_of(C - first, COLUMN_TILE), width = C, count = strips;
+        const float* p = partial + first;
         float* g = grad + first;
         bool add = accumulate;
-        team.columns(p, 0, strips, n, [=](int r, auto c) { return load(p + (size_t)r * width, c); });
-        team.each(n, [=](auto c) { store(g, c, add ? load(g, c) + load(p, c) : load(p, c)); });
+        team.each(n, [=](auto c) {
+            auto total = splat(c, 0.0f);
+            for (int r = 0; r < count; r++) { total = total + load(p + (size_t)r * width, c); }
+            store(g, c, add ? load(g, c) + total : total);
+        });
     }
 };
 
 static inline int strips_of(int rows) { return ceil_div(rows, STRIP); }
 
 // grad (C) = [grad +] column sums of the strips
-static inline void finish_columns(float* grad, float* partial, int strips, int C, bool accumulate, Stream s) {
+static inline void finish_columns(float* grad, const float* partial, int strips, int C, bool accumulate, Stream s) {
     run_rows(FinishColumns{grad, partial, strips, C, accumulate}, ceil_div(C, COLUMN_TILE), s);
 }
 
@@ -206,14 +209,15 @@ struct Sites {
     float* largest;     // (count) of each site's format
 };
 
-struct UpdateSites {  // after a step: history, then the next scale. A non-finite amax is not recorded.
+struct UpdateSites {  // after a step: history, then the next scale. A skipped step and a non-finite amax are not recorded.
     Sites sites;
+    const int* apply;  // points to 0 where the step was skipped
     int step;
     template <class Team> DEVICE void operator()(Team team, int i) const {
         if (!team.leads()) { return; }
         float* history = sites.history + (size_t)i * AMAX_WINDOW;
         uint32_t seen = sites.amax[i], top = 0;
-        if (seen < 0x7f800000u) { history[step % AMAX_WINDOW] = bits_to_float(seen); }
+        if (*apply != 0 && seen < 0x7f800000u) { history[step % AMAX_WINDOW] = bits_to_float(seen); }
         sites.amax[i] = 0;
         for (int k = 0; k < AMAX_WINDOW; k++) { top = max_of(top, float_to_bits(history[k])); }
         float* slot = sites.slots + (size_t)i * 4;
@@ -509,14 +513,13 @@ template <class T> struct CrossEntropy {  // per row: loss = logsumexp(z) - z[ta
     }
 };
 
-struct AddLosses {  // *total += Σ losses, in order, in float64
+struct AddLosses {  // *total += Σ losses in float64
     double* total;
     const float* losses;
     int rows;
     template <class Team> DEVICE void operator()(Team team, int) const {
-        if (!team.leads()) { return; }
-        double sum = 0.0;
-        for (int i = 0; i < rows; i++) { sum += (double)losses[i]; }
-        *total += sum;
+        const float* l = losses;
+        double sum = team.sum_double(rows, [=](int64_t i) { return (double)l[i]; });
+        if (team.leads()) { *total += sum; }
     }
 };

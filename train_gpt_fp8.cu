@@ -6,7 +6,7 @@
 // FP32 accumulation; everything between them is stored in BF16 and computed in FP32. What backward needs is kept in `Layer`; --recompute keeps less.
 //
 // A step is: for each micro-batch forward, head and backward; the sum of the gradients over ranks; the optimizer's decision and update; the scales.
-// Nothing in it waits for the device: the host reads a step's record when the next step has been launched.
+// The decisions are made on the device: the host reads a step's record when the next step has been launched.
 //
 // Order of the file: settings and flags; the model and what it keeps; linear layers; forward, head, backward; evaluation and sampling; the training
 // run and what it prints.
@@ -151,7 +151,7 @@ static void option_table(OptionTable* t, Args* a) {
         option_choice("recipe", NULL, &a->recipe, "fp8|bf16|fp32", "R", "fp8: linear layers in FP8; fp32: for tests"),
         option_choice("fp8-scaling", NULL, &a->fp8_scaling, "delayed|current", "S", "scales of X and dY: from the amaxes of the last 16 steps, or of the tensor itself"),
         option_choice("fp8-fwd", NULL, &a->fp8_fwd, "e4m3|e5m2", "F", "format of X"),
-        option_choice("fp8-bwd", NULL, &a->fp8_bwd, "e4m3|e5m2", "F", "format of dY", "e5m2"),
+        option_choice("fp8-bwd", NULL, &a->fp8_bwd, "e4m3|e5m2", "F", "format of dY"),
         option_custom("bf16-layers", NULL, &a->bf16_layers, parse_bf16_layers, print_bf16_layers, "first:N,last:M", "layers left in BF16 under recipe fp8"),
         option_int("recompute", "r", &a->recompute, 0, 2, "N", "in backward again instead of kept: 0 nothing, 1 GELU, 2 GELU and LayerNorm"),
         option_group("Output"),
@@ -356,7 +356,7 @@ static MatmulCall linear_call(const Model* m, void* y, Tensor x, const Param* w,
     c.d_ld = w->rows;
     c.a = operand(x, w->cols, false);
     c.b = operand(weight_tensor(w), w->cols, true);
-    c.bias = b != NULL ? b->weight : NULL;
+    c.bias = b == NULL ? NULL : b->weight != NULL ? b->weight : (const void*)b;  // dry: any pointer stands for a bias
     c.m = rows;
     c.n = (int)w->rows;
     c.k = (int)w->cols;
@@ -601,18 +601,19 @@ static void model_free(Model* m, Memory* memory) {
     *m = Model{};
 }
 
-// Sets every master weight: from an llm.c file, or from the seed; then the weights that the forward pass reads.
-static void model_set_weights(Model* m, const LlmcModel* file) {
+// Sets every master weight to rank 0's: from an llm.c file, or from the seed; then the weights that the forward pass reads.
+static void model_set_weights(Model* m, Group* group, const LlmcModel* file) {
     size_t largest = 0;
     for (int i = 0; i < m->params.count; i++) { largest = max_of(largest, param_elements(&m->params.items[i])); }
     float* values = (float*)host_alloc(largest * sizeof(float));
     for (int i = 0; i < m->params.count; i++) {
         Param* p = &m->params.items[i];
-        if (file != NULL) { llmc_read(values, file, p); } else { param_initialise(values, p, i, m->config.seed); }
+        if (file != NULL) { llmc_read(values, file, p); } else { param_initialise(values, p, m->config.seed); }
         copy_to_device(m->optimizer.master + p->offset, values, param_elements(p) * sizeof(float), m->stream);
         stream_sync(m->stream);
     }
     free(values);
+    broadcast(group, m->optimizer.master, m->params.elements * sizeof(float), 0, m->stream);  // nodes may differ in their files, or in libm's last bit
     optimizer_cast_weights(&m->optimizer, &m->params, m->stream);
 }
 
@@ -849,7 +850,6 @@ struct FinishLoss {  // mean = total · weight
 };
 
 struct StepSettings {
-    int micro_batches;           // of this rank
     DecisionRules rules;
     AdamRates rates;
     float weight_decay;
@@ -878,7 +878,7 @@ static void finish_step(Model* m, Group* group, const StepSettings* settings, fl
     copy_to_pinned(m->record, &m->optimizer.state->record, sizeof(StepRecord), m->stream);
     event_record(m->record_ready, m->stream);
     if (m->sites.count > 0) {
-        run_rows(UpdateSites{m->sites, m->steps_recorded}, m->sites.count, m->stream);
+        run_rows(UpdateSites{m->sites, &m->optimizer.state->apply, m->steps_recorded}, m->sites.count, m->stream);
         m->steps_recorded++;
     }
 }
@@ -955,7 +955,7 @@ static void generate(Model* m, int* tokens, int length, uint64_t seed) {
 
 // ---- learning rate ----
 
-// Linear warm-up to lr, then the schedule down to lr·floor at the last step
+// Linear warm-up to lr, then the schedule down towards lr·floor, which step number `steps` would have
 static double learning_rate(Schedule schedule, double lr, double floor, int64_t warmup, int64_t step, int64_t steps) {
     if (step < warmup) { return lr * (double)(step + 1) / (double)warmup; }
     double share = steps > warmup ? (double)(step - warmup) / (double)(steps - warmup) : 1.0, left;
@@ -1058,6 +1058,7 @@ static void resolve_model(Run* r) {
     if (a->bf16_layers.first + a->bf16_layers.last > a->layers) {
         bad_input("--bf16-layers: first:%d,last:%d are more than the %" PRId64 " layers", a->bf16_layers.first, a->bf16_layers.last, a->layers);
     }
+    if (!device_is_gpu && a->staged) { bad_input("--staged is for GPU builds: on a CPU there is nothing to stage"); }
     if (device_is_gpu && a->width % 16 != 0) { bad_input("--width: %" PRId64 " is not a multiple of 16, which the GPU's matrix units need", a->width); }
     if (device_is_gpu && a->recipe == RECIPE_FP8 && a->micro_batch * a->seq_len % 16 != 0) {
         bad_input("--micro-batch %" PRId64 " × --seq-len %" PRId64 " is no multiple of 16 tokens, which the GPU's FP8 units need", a->micro_batch, a->seq_len);
@@ -1146,7 +1147,6 @@ static void resolve_peak(Run* r) {
     device_name(name, sizeof(name));
     const struct { const char* name; double bf16, fp8; } known[] = {{"H100", 989e12, 1979e12}, {"H200", 989e12, 1979e12}, {"B200", 2250e12, 4500e12},
         {"L40S", 362e12, 733e12}, {"A100", 312e12, 312e12}};
-    r->peak_name = "unknown for this device";
     for (auto& k : known) {
         if (!device_is_gpu || strstr(name, k.name) == NULL || r->config.act == FP32) { continue; }
         r->peak_flops = r->config.fp8 ? k.fp8 : k.bf16;
@@ -1165,9 +1165,18 @@ static void settings_text(const Run* r, char* text, size_t size) {
         if (o->type == OPTION_GROUP) { continue; }
         char value[320];
         option_value_text(value, sizeof(value), o);
-        n += (size_t)snprintf(text + n, n < size ? size - n : 0, "%s=%s\n", o->name, value);
-        if (n >= size) { die("the settings take more than %zu bytes", size); }
+        const char* whole = o->type == OPTION_STRING ? *(const char* const*)o->value : value;
+        n += (size_t)snprintf(text + n, n < size ? size - n : 0, "%s=%s\n", o->name, whole != NULL ? whole : "none");
+        if (n >= size) { bad_input("the flags are longer than %zu bytes together; a glob pattern names many files in few", size); }
     }
+}
+
+// What the settings came to on this rank, a line each: the same flags may find other files on another node
+static void resolved_text(const Run* r, char* text, size_t size) {
+    const GptConfig* c = &r->config;
+    snprintf(text, size, "device=%s\nmodel=%d layers, %d heads, width %d, vocabulary %d, %d positions\ntrain-files=%d\ntrain-windows=%" PRId64
+        "\nval-windows=%" PRId64 "\nsteps=%" PRId64 "\n", device_kind, c->layers, c->heads, c->width, c->vocab, c->positions, r->train.file_count,
+        loader_windows(&r->train), r->has_val ? loader_windows(&r->val) : 0, r->steps);
 }
 
 // ---- what people see ----
@@ -1207,7 +1216,8 @@ static void print_settings(const Run* r) {
         table_add(&t, o->name, "%s", value);
     }
     t.rows[t.count++] = LogRow{"This run", NULL};
-    table_add(&t, "device", "%s (%s), peak %s", device, device_kind, r->peak_name);
+    table_add(&t, "device", "%s (%s)", device, device_kind);
+    if (r->peak_flops > 0.0) { table_add(&t, "peak for mfu", "%.0f TFLOP/s, %s", 1e-12 * r->peak_flops, r->peak_name); }
     table_add(&t, "ranks", "%d, %s", r->group.size, transport);
 #ifdef _OPENMP
     table_add(&t, "threads a rank", "%d", omp_get_max_threads());
@@ -1236,6 +1246,7 @@ static void log_settings(Run* r) {
         if (o->type == OPTION_INT) { add_int(config, o->name, *(const int64_t*)o->value); }
         else if (o->type == OPTION_DOUBLE) { add_double(config, o->name, *(const double*)o->value); }
         else if (o->type == OPTION_FLAG) { json_object_object_add(config, o->name, json_object_new_boolean(*(const bool*)o->value)); }
+        else if (o->type == OPTION_STRING && *(const char* const*)o->value != NULL) { add_string(config, o->name, *(const char* const*)o->value); }
         else { add_string(config, o->name, value); }
     }
     add_int(config, "vocab", r->config.vocab);
@@ -1244,6 +1255,7 @@ static void log_settings(Run* r) {
     add_int(config, "ranks", r->group.size);
     add_int(config, "parameters", params_total(&r->model.params));
     add_string(config, "device", device_kind);
+    add_double(config, "peak_flops", r->peak_flops > 0.0 ? r->peak_flops : NAN);
     json_object* line = json_object_new_object();
     json_object_object_add(line, "config", config);
     log_line(&r->log, line);
@@ -1278,6 +1290,8 @@ static void show_step(Run* r, int64_t step, const StepRecord* record, double lr,
         if (sent[i] > 0) { add_int(comm, comm_names[i], (int64_t)sent[i]); }
     }
     json_object_object_add(o, "comm", comm);
+    add_double(o, "loss_z", record->loss_z);
+    add_double(o, "norm_z", record->norm_z);
     if (record->skipped != NOT_SKIPPED) { add_string(o, "skipped", skip_names[record->skipped]); }
     else { json_object_object_add(o, "skipped", NULL); }
     log_line(&r->log, o);
@@ -1323,25 +1337,29 @@ static void setup(Run* r, int argc, char** argv) {
     omp_set_num_threads(threads_per_rank(&r->world));
 #endif
     r->group = group_world(&r->world, r->args.staged);
-    static char text[16384];
+    static char text[1 << 20];
     settings_text(r, text, sizeof(text));
     require_same_everywhere(&r->group, "flags", text);
     resolve_model(r);
     open_data(r);
     resolve_batch(r);
+    resolved_text(r, text, sizeof(text));
+    require_same_everywhere(&r->group, "data and model", text);
     model_plan(&r->model, &r->config, &r->group, &r->memory);
-    memory_require(&r->memory, r->world.ranks_per_device);
+    memory_require(&r->memory, r->world.ranks_per_device, "a smaller --micro-batch or --seq-len, or a higher --recompute, needs less");
     barrier(&r->group);  // every rank has found its input good: from here on things are written
-    if (r->group.rank == 0) { make_directory("--output-dir", r->args.output_dir); }
+    r->log = no_log();
+    if (r->group.rank == 0) {
+        make_directory("--output-dir", r->args.output_dir);
+        r->log = log_open("--output-dir", r->args.output_dir, false);
+    }
     barrier(&r->group);
     model_commit(&r->model, &r->group, &r->memory);
-    model_set_weights(&r->model, r->has_file ? &r->file : NULL);
+    model_set_weights(&r->model, &r->group, r->has_file ? &r->file : NULL);
     if (r->has_file) { llmc_close(&r->file); }
     resolve_peak(r);
     r->batch = host_batch_create(rows_of(&r->model));
-    r->log = no_log();
     if (r->group.rank == 0) {
-        r->log = log_open("--output-dir", r->args.output_dir, false);
         print_settings(r);
         log_settings(r);
     }
@@ -1352,7 +1370,6 @@ static void train(Run* r) {
     const Args* a = &r->args;
     Model* m = &r->model;
     StepSettings settings = {};
-    settings.micro_batches = r->micro_batches;
     settings.rules = DecisionRules{a->beta1, a->beta2, (float)a->clip, (float)a->skip_loss_z, (float)a->skip_grad_z};
     settings.weight_decay = (float)a->weight_decay;
     float weight = (float)(1.0 / (double)a->global_batch);

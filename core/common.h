@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 // GPU_FORM: the block-of-threads form of the kernels is compiled (by nvcc, or by the emulator of test/simt.h).
@@ -90,4 +91,18 @@ static inline void* host_alloc(size_t bytes) {
     void* p = malloc(bytes > 0 ? bytes : 1);
     if (p == NULL) { die("out of host memory: %zu bytes asked for", bytes); }
     return p;
+}
+
+// A bijection of 64-bit words in which every input bit moves every output bit (splitmix64's finaliser)
+static inline uint64_t mix64(uint64_t z) {
+    z += 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+
+static inline double wall_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }

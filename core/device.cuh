@@ -37,7 +37,7 @@ static const char* const device_kind = "cuda";
 
 static inline void cuda_check(cudaError_t e, const char* call, const char* file, int line) {
     if (e == cudaSuccess) { return; }
-    const char* hint = e == cudaErrorMemoryAllocation ? "; hint: a smaller --micro-batch or a higher --recompute"
+    const char* hint = e == cudaErrorMemoryAllocation ? "; hint: the GPU's memory is full, another process may be using it"
         : e == cudaErrorNoKernelImageForDevice ? "; hint: the binary was not built for this GPU: make GPU_ARCH=<its compute capability>"
         : e == cudaErrorInsufficientDriver ? "; hint: the driver is older than the CUDA toolkit of the build" : "";
     die("%s:%d: %s: %s%s", file, line, call, cudaGetErrorString(e), hint);
@@ -101,7 +101,7 @@ static const char* const device_kind = "cpu";
 
 static inline void* device_alloc(size_t bytes) {
     void* p = aligned_alloc(256, round_up(bytes > 0 ? bytes : 1, (size_t)256));
-    if (p == NULL) { die("out of memory: %zu bytes asked for; a smaller --micro-batch or a higher --recompute needs less", bytes); }
+    if (p == NULL) { die("out of memory: %zu bytes asked for", bytes); }
     return p;
 }
 static inline void device_free(void* p) { free(p); }
@@ -121,7 +121,18 @@ static inline Event event_create(void) { return NULL; }
 static inline void event_destroy(Event) {}
 static inline void event_record(Event, Stream) {}
 static inline void event_wait(Event) {}
-static inline size_t device_memory_free(void) { return (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE); }
+// What the system can give without swapping: free pages and the caches that it would drop
+static inline size_t device_memory_free(void) {
+    size_t bytes = (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE), kib;
+    FILE* f = fopen("/proc/meminfo", "r");
+    if (f == NULL) { return bytes; }
+    char line[128];
+    while (fgets(line, sizeof(line), f) != NULL) {
+        if (sscanf(line, "MemAvailable: %zu kB", &kib) == 1) { bytes = kib * 1024; break; }
+    }
+    fclose(f);
+    return bytes;
+}
 static inline void device_name(char* name, size_t size) {
     snprintf(name, size, "CPU");
     FILE* f = fopen("/proc/cpuinfo", "r");
@@ -314,6 +325,13 @@ struct CpuTeam {
         for (int i = 0; i < n; i++) { VecPair<1> p = f(Range<1>{(size_t)i}); a += p.a.v[0]; b += p.b.v[0]; }
         return VecPair<1>{{{a}}, {{b}}};
     }
+    // Σ f(i) of doubles, i an index
+    template <class F> DEVICE double sum_double(int64_t n, F f) const {
+        double s = 0.0;
+#pragma omp simd reduction(+ : s)
+        for (int64_t i = 0; i < n; i++) { s += f(i); }
+        return s;
+    }
     // max |f(c)| as float bits: NaN and inf win. f may store as it goes.
     template <class F> DEVICE uint32_t amax(int n, F f) const {
         uint32_t top = 0;
@@ -328,15 +346,15 @@ struct CpuTeam {
         for (int i = 0; i < n; i++) { int32_t a = ordered_bits(f(Range<1>{(size_t)i}).v[0]); top = a > top ? a : top; }
         return from_ordered_bits(top);
     }
-    // out[c] = Σ over rows r0 … r1-1 of f(r, c), added in the order of the rows; returns max |f| as float bits. For sums by column over a strip of rows.
+    // out[c] = Σ over rows r0 … r1-1 of f(r, c), from 0 in the order of the rows; returns max |f| as float bits. For sums by column over a strip of rows.
     template <class F> DEVICE uint32_t columns(float* out, int r0, int r1, int n, F f) const {
         uint32_t top = 0;
+        each(n, [=](auto c) { store(out, c, splat(c, 0.0f)); });
         for (int r = r0; r < r1; r++) {
-            bool first = r == r0;
 #pragma omp simd reduction(max : top)
             for (int i = 0; i < n; i++) {
                 Vec<1> v = f(r, Range<1>{(size_t)i});
-                out[i] = first ? v.v[0] : out[i] + v.v[0];
+                out[i] += v.v[0];
                 uint32_t a = magnitude_bits(v);
                 top = a > top ? a : top;
             }
@@ -345,13 +363,13 @@ struct CpuTeam {
     }
     // the same for two sums at once
     template <class F> DEVICE void columns_pair(float* out_a, float* out_b, int r0, int r1, int n, F f) const {
+        each(n, [=](auto c) { store(out_a, c, splat(c, 0.0f)); store(out_b, c, splat(c, 0.0f)); });
         for (int r = r0; r < r1; r++) {
-            bool first = r == r0;
 #pragma omp simd
             for (int i = 0; i < n; i++) {
                 VecPair<1> v = f(r, Range<1>{(size_t)i});
-                out_a[i] = first ? v.a.v[0] : out_a[i] + v.a.v[0];
-                out_b[i] = first ? v.b.v[0] : out_b[i] + v.b.v[0];
+                out_a[i] += v.a.v[0];
+                out_b[i] += v.b.v[0];
             }
         }
     }
@@ -390,7 +408,7 @@ struct GpuTeam {
         for (int o = 16; o > 0; o >>= 1) { x = op(x, __shfl_xor_sync(0xffffffffu, x, o)); }
         return x;
     }
-    struct Add { GPU float operator()(float a, float b) const { return a + b; } };
+    struct Add { template <class T> GPU T operator()(T a, T b) const { return a + b; } };
     struct Max { template <class T> GPU T operator()(T a, T b) const { return a > b ? a : b; } };
 
     template <int N> static GPU float sum_of(Vec<N> a) {
@@ -417,6 +435,11 @@ struct GpuTeam {
         b = combine(b, 0.0f, Add{});
         return VecPair<1>{{{a}}, {{b}}};
     }
+    template <class F> GPU double sum_double(int64_t n, F f) const {
+        double s = 0.0;
+        for (int64_t i = rank; i < n; i += size) { s += f(i); }
+        return combine(s, 0.0, Add{});
+    }
     template <class F> GPU uint32_t amax(int n, F f) const {
         uint32_t top = 0;
         each(n, [&](auto c) { top = max_of(top, magnitude_bits(f(c))); });
@@ -430,9 +453,8 @@ struct GpuTeam {
     template <class F> GPU uint32_t columns(float* out, int r0, int r1, int n, F f) const {
         uint32_t top = 0;
         each(n, [&](auto c) {
-            auto total = f(r0, c);
-            top = max_of(top, magnitude_bits(total));
-            for (int r = r0 + 1; r < r1; r++) {
+            auto total = splat(c, 0.0f);
+            for (int r = r0; r < r1; r++) {
                 auto v = f(r, c);
                 top = max_of(top, magnitude_bits(v));
                 total = total + v;
@@ -443,14 +465,14 @@ struct GpuTeam {
     }
     template <class F> GPU void columns_pair(float* out_a, float* out_b, int r0, int r1, int n, F f) const {
         each(n, [&](auto c) {
-            auto total = f(r0, c);
-            for (int r = r0 + 1; r < r1; r++) {
+            auto a = splat(c, 0.0f), b = a;
+            for (int r = r0; r < r1; r++) {
                 auto v = f(r, c);
-                total.a = total.a + v.a;
-                total.b = total.b + v.b;
+                a = a + v.a;
+                b = b + v.b;
             }
-            store(out_a, c, total.a);
-            store(out_b, c, total.b);
+            store(out_a, c, a);
+            store(out_b, c, b);
         });
     }
 };

@@ -144,13 +144,6 @@ DEVICE float scale_from_amax(float amax, float largest, int margin, float old_sc
 // The generator is a function of a key and a position, so neither the thread count nor the layout over ranks changes what an element draws.
 struct RandomKey { uint32_t a, b; };
 
-static inline uint64_t mix64(uint64_t z) {  // splitmix64's finaliser
-    z += 0x9e3779b97f4a7c15ull;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return z ^ (z >> 31);
-}
-
 static inline RandomKey random_key(uint64_t seed, uint64_t step, uint64_t tensor) {
     uint64_t z = mix64(mix64(mix64(seed) ^ step) ^ tensor);
     RandomKey key = {(uint32_t)z, (uint32_t)(z >> 32)};

@@ -111,7 +111,8 @@ static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCal
     k->plan = matmul_gpu_plan(c, mm->capability);
     entry->workspace = matmul_gpu_workspace(c, mm->capability);
     const GpuPlan* p = &k->plan;
-    uint32_t alignment = entry->shape.unaligned ? (uint32_t)dtype_bytes(p->a.dtype) : 16u;
+    // what every pointer is sure to be a multiple of: an element where one of them is no multiple of 16 bytes
+    auto alignment = [&](DType t) { return entry->shape.unaligned ? (uint32_t)dtype_bytes(t) : 16u; };
     if (p->fp8 && entry->shape.unaligned) { matmul_refuse(c, "FP8 units take pointers that are multiples of 16 bytes"); }
 
     // COMPUTE_32F does not cut FP32 operands to TF32
@@ -141,10 +142,10 @@ static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCal
     cublasLtMatmulPreference_t preference = NULL;
     CUBLASLT_CHECK(cublasLtMatmulPreferenceCreate(&preference));
     set_preference(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)p->library_bytes);
-    set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment);
-    set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment);
-    set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment);
-    set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment);
+    set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(p->b.dtype));
+    set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(p->a.dtype));
+    set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(p->d_copy ? FP32 : c->d_dtype));
+    set_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(p->d_copy ? FP32 : c->d_dtype));
     // A split sum may be kept in FP32 only: partial sums in a BF16 D would be rounded several times.
     bool fp32 = c->d_dtype == FP32 || p->d_copy;
     set_preference(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,

@@ -5,10 +5,10 @@
 // the sizes are known, printed and checked before a byte is taken, and what was planned is what is allocated, to the byte.
 //
 //     Memory memory = {};
-//     model_allocate(&model, &memory);     // dry
-//     memory_require(&memory, 1);          // does it fit?
+//     model_allocate(&model, &memory);  // dry
+//     memory_require(&memory, 1, "a smaller batch needs less");
 //     memory_commit(&memory);
-//     model_allocate(&model, &memory);     // hands out
+//     model_allocate(&model, &memory);  // hands out
 //
 // Outside the count: what CUDA, NCCL, MPI and the C library keep for themselves.
 #pragma once
@@ -53,8 +53,8 @@ static inline size_t memory_total(const Memory* m) {
     return total;
 }
 
-// Refuses a plan that does not fit into what is free, before anything is taken.
-static inline void memory_require(const Memory* m, int processes_on_device) {
+// Refuses a plan that does not fit into what is free, before anything is taken. `advice`: what would need less.
+static inline void memory_require(const Memory* m, int processes_on_device, const char* advice) {
     size_t total = memory_total(m), available = device_memory_free();
     if (total <= available / (size_t)max_of(processes_on_device, 1)) { return; }
     char table[512];
@@ -62,9 +62,9 @@ static inline void memory_require(const Memory* m, int processes_on_device) {
     for (int i = 0; i < MEMORY_CATEGORIES; i++) {
         n += snprintf(table + n, sizeof(table) - (size_t)n, "%s%s %.2f", i > 0 ? ", " : "", memory_names[i], (double)m->bytes[i] / (1 << 30));
     }
-    bad_input("out of memory: this run needs %.2f GiB (%s) and %.2f GiB are free for %d process%s on this device; use a smaller --micro-batch or "
-        "--seq-len, or a higher --recompute", (double)total / (1 << 30), table, (double)available / (1 << 30), processes_on_device,
-        processes_on_device == 1 ? "" : "es");
+    bad_input("out of memory: this run needs %.2f GiB (%s) and %.2f GiB are free for %d process%s on this device; "
+        "%s", (double)total / (1 << 30), table, (double)available / (1 << 30), processes_on_device,
+        processes_on_device == 1 ? "" : "es", advice);
 }
 
 // Takes the planned blocks from the device.

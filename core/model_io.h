@@ -40,7 +40,7 @@ static inline void llmc_tensors(LlmcTensor* out, const LlmcModel* m) {
 static inline LlmcModel llmc_open(const char* flag, const char* path) {
     LlmcModel m = {};
     m.path = path;
-    m.fd = open(path, O_RDONLY | O_CLOEXEC);
+    m.fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is not waited for: it is refused
     if (m.fd < 0) { bad_input("%s: cannot open '%s': %s", flag, path, strerror(errno)); }
     struct stat status;
     if (fstat(m.fd, &status) != 0) { bad_input("%s: cannot read '%s': %s", flag, path, strerror(errno)); }

@@ -73,9 +73,12 @@ static inline float param_normal(RandomKey key, uint64_t element) {
     return (float)(sqrt(-2.0 * log(u)) * cos(2.0 * M_PI * v));
 }
 
-// Writes the initial values of a parameter as float32 (rows, cols). `index`: its place in the table.
-static inline void param_initialise(float* values, const Param* p, int index, uint64_t seed) {
-    RandomKey key = random_key(seed, 0, (uint64_t)index);
+// Writes the initial values of a parameter as float32 (rows, cols): a function of the seed, the parameter's name and the element, so that neither the
+// order of the table nor what other tensors there are changes them.
+static inline void param_initialise(float* values, const Param* p, uint64_t seed) {
+    uint64_t name = 0;
+    for (const char* c = p->name; *c != '\0'; c++) { name = mix64(name ^ (uint64_t)(unsigned char)*c); }
+    RandomKey key = random_key(seed, 0, name);
     int64_t n = (int64_t)param_elements(p), valid = p->valid_rows * p->cols;
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i++) {

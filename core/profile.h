@@ -2,16 +2,9 @@
 // the table of --profile; a GPU is then waited for at both ends of each, which costs speed. An inner stretch takes its time out of the outer one's.
 #pragma once
 #include "device.cuh"
-#include <time.h>
 #ifdef USE_CUDA
 #include <nvtx3/nvToolsExt.h>
 #endif
-
-static inline double wall_seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 constexpr int MAX_STRETCHES = 64;
 

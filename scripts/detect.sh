@@ -110,6 +110,13 @@ cuda_target() {
 
 cuda_include() { first_dir cuda_runtime.h "$1/include" "$1/targets/$(cuda_target)/include"; }
 
+# gpu_archs: the architectures of the GPUs here, as GPU_ARCH names them; nothing where there is no GPU or the driver is too old to tell.
+# 9.0 is 90a: what only Hopper has (wgmma) needs the suffix.
+gpu_archs() {
+    timeout 20 nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null \
+        | sed -nE 's/^ *([0-9]+)\.([0-9]) *$/\1\2/p' | sort -nu | sed 's/^90$/90a/' | paste -sd ' ' || true
+}
+
 # nccl_wheel: the folder of NCCL's Python wheel, where python3 has one.
 nccl_wheel() {
     python3 -c 'import nvidia.nccl; print(list(nvidia.nccl.__path__)[0])' 2> /dev/null || true
@@ -139,15 +146,19 @@ case ${1:-} in
 esac
 build=${BUILD:-build/$device}
 config=$build/config.mk
-cuda='' wheel='' nvcc='' gpu_arch=''
+cuda='' wheel='' nvcc='' gpu_arch='' cuda_headers=''
 if [ "$device" = cuda ]; then
     looked_at=${NVCC:-${CUDA_HOME:-PATH or /usr/local/cuda}}
     nvcc=$(find_nvcc) \
         || fail "DEVICE=cuda needs nvcc and there is none at $looked_at: install the CUDA toolkit, or name it by NVCC or CUDA_HOME"
     cuda=$(cuda_root "$nvcc")
     wheel=$(nccl_wheel)
-    gpu_arch=${GPU_ARCH:-90a}
+    gpu_arch=${GPU_ARCH:-$(gpu_archs)}
+    gpu_arch=${gpu_arch:-90a}
     gpu_arch=$(tr ',' ' ' <<< "$gpu_arch" | sed -E 's/\b(sm|compute)_//g')
+elif nvcc=$(find_nvcc); then
+    cuda_headers=$(cuda_include "$(cuda_root "$nvcc")" | grep -vx /usr/include || true)
+    nvcc=''
 fi
 command -v "${cxx_words[0]}" > /dev/null \
     || fail "no C++ compiler: ${cxx_words[0]} is not there; install g++ (scripts/setup.sh does), or name yours by CXX"
@@ -155,9 +166,10 @@ command -v "${cxx_words[0]}" > /dev/null \
 # -------- is what we knew still so? --------
 key=$({
     printf '%s\n' "$device" "$why" "$cxx" "${EXTRA_CXXFLAGS:-}" "${EXTRA_LDFLAGS:-}" "$mpicc" "${NO_MPI:-}" "${NO_NCCL:-}" "$march"
-    printf '%s\n' "$gpu_arch" "$cuda" "${NCCL_HOME:-}" "$wheel"
+    printf '%s\n' "$gpu_arch" "$cuda" "$cuda_headers" "${NCCL_HOME:-}" "$wheel"
     {
-        printf '%s\n' "$0" "$nvcc" /usr/include/oneapi/dnnl/dnnl_version.h /usr/include/json-c/json_c_version.h
+        printf '%s\n' "$0" "$nvcc" ${cuda_headers:+"$cuda_headers/cuda_fp8.h"} \
+            /usr/include/oneapi/dnnl/dnnl_version.h /usr/include/json-c/json_c_version.h
         command -v "${cxx_words[0]}" || true
         command -v "$mpicc" || true
         command -v pkg-config || true
@@ -236,7 +248,7 @@ int main(int argc, char** argv) { MPI_Init(&argc, &argv); return MPI_Finalize();
 fi
 
 # -------- the device's own libraries --------
-cpu_flags='' device_cflags='' device_libs='' onednn='' nccl='' gencode='' nccl_note=''
+cpu_flags='' test_cflags='' device_cflags='' device_libs='' onednn='' nccl='' gencode='' nccl_note=''
 if [ "$device" = cpu ]; then
     empty='int main() { return 0; }'
     trial "$empty" "-march=$march" || fail "MARCH=$march is not understood by ${cxx_words[0]} ($(first_error))"
@@ -255,6 +267,13 @@ int main() { const dnnl_version_t* v = dnnl_version(); return printf("%d.%d.%d\n
         || fail "oneDNN 2 or 3 does not compile and link with ${cxx_words[0]} ($(first_error)): install libdnnl-dev (scripts/setup.sh does)"
     onednn=$("$scratch/trial") || fail "oneDNN is there but a program linked to it does not start: check libdnnl and its libraries"
     device_libs=-ldnnl
+    # NVIDIA's own FP8 conversions, for the tests to compare ours with. Searched last, so that nothing else of the toolkit gets in the way.
+    if [ -n "$cuda_headers" ] && trial '#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+int main() { return __nv_cvt_float_to_fp8(1.0f, __NV_SATFINITE, __NV_E4M3) != 0x38; }' -idirafter "$cuda_headers"; then
+        test_cflags="-idirafter $cuda_headers"
+    fi
 else
     known=$("$nvcc" --list-gpu-code 2> /dev/null || true)
     last=
@@ -268,7 +287,7 @@ else
         last=$arch
     done
     [ -n "$last" ] || fail "GPU_ARCH is empty: it is a list of compute capabilities such as 80, 89, 90a"
-    gencode+=" -gencode arch=compute_$last,code=compute_$last" # for GPUs that came later
+    gencode+=" -gencode arch=compute_${last%[af]},code=compute_${last%[af]}" # for GPUs that came later; a suffix would bind it to this one
     include=$(cuda_include "$cuda") || include=/usr/include
     if libdir=$(first_dir libcublasLt.so "$cuda/lib64" "$cuda/targets/$(cuda_target)/lib" "$cuda/lib"); then
         cuda_libs="-L$libdir $(rpath "$libdir")"
@@ -276,12 +295,11 @@ else
         libdir='' cuda_libs=''
     fi
     [ "$include" = /usr/include ] || device_cflags="-I$include"
-    cuda_libs+=" -lcublas -lcublasLt"
+    cuda_libs+=" -lcublasLt"
     cuda_program='#include <cuda_runtime.h>
 #include <cublasLt.h>
-#include <cublas_v2.h>
 #include <nvtx3/nvToolsExt.h>
-int main() { int n; cublasLtHandle_t lt; cublasHandle_t h; return cudaGetDeviceCount(&n) + cublasLtCreate(&lt) + cublasCreate(&h); }'
+int main() { int n; cublasLtHandle_t lt; return cudaGetDeviceCount(&n) + cublasLtCreate(&lt); }'
     system_libs="-ldl -lrt -lpthread"
     read -ra cflags <<< "$device_cflags"
     for cudart in -lcudart_static -lcudart; do
@@ -291,7 +309,7 @@ int main() { int n; cublasLtHandle_t lt; cublasHandle_t h; return cudaGetDeviceC
             break
         fi
         [ $cudart = -lcudart_static ] \
-            || fail "the CUDA toolkit at $cuda lacks one of cuda_runtime, cuBLAS, cuBLASLt, nvtx3 ($(first_error));" \
+            || fail "the CUDA toolkit at $cuda lacks one of cuda_runtime, cuBLASLt, nvtx3 ($(first_error));" \
                 "complete it, or name another by CUDA_HOME"
     done
 
@@ -333,7 +351,7 @@ mkdir -p "$build"
 new=$(mktemp "$build/config.mk.XXXXXX")
 {
     printf '# Written by scripts/detect.sh; do not edit: it is written anew when the tools or the wishes change.\n# key %s\n' "$key"
-    for pair in "DEVICE=$device" "WHY=$why" "BUILD=$build" "CPU_FLAGS=$cpu_flags" "ONEDNN=$onednn" \
+    for pair in "DEVICE=$device" "WHY=$why" "BUILD=$build" "CPU_FLAGS=$cpu_flags" "TEST_CFLAGS=$test_cflags" "ONEDNN=$onednn" \
         "NVCC=$nvcc" "CUDA_HOME=$cuda" "GPU_ARCH=$gpu_arch" "GENCODE=${gencode# }" "NCCL=$nccl" \
         "DEVICE_CFLAGS=$device_cflags" "DEVICE_LIBS=$device_libs" "MPI=$mpi" "MPI_CFLAGS=$mpi_cflags" "MPI_LIBS=${mpi_libs# }" \
         "JSON=$json" "JSON_CFLAGS=$json_cflags" "JSON_LIBS=$json_libs"; do

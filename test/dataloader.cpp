@@ -331,7 +331,7 @@ static void the_permutation_is_fair(void**) {
         std::map<std::vector<int64_t>, int> counts;
         for (int epoch = 0; epoch < trials; epoch++) {
             std::vector<int64_t> order;
-            for (int i = 0; i < W; i++) { order.push_back(loader_permute(i, W, loader_mix((uint64_t)epoch))); }
+            for (int i = 0; i < W; i++) { order.push_back(loader_permute(i, W, mix64((uint64_t)epoch))); }
             counts[order]++;
         }
         int permutations = 1;
@@ -344,7 +344,7 @@ static void the_permutation_is_fair(void**) {
     const int W = 300;
     std::vector<int> images(W, 0), steps(W, 0);
     for (int epoch = 0; epoch < trials; epoch++) {
-        int64_t a = loader_permute(17, W, loader_mix((uint64_t)epoch)), b = loader_permute(18, W, loader_mix((uint64_t)epoch));
+        int64_t a = loader_permute(17, W, mix64((uint64_t)epoch)), b = loader_permute(18, W, mix64((uint64_t)epoch));
         images[(size_t)a]++;
         steps[(size_t)((b - a + W) % W)]++;
     }
@@ -373,7 +373,7 @@ static void the_order_is_the_one_that_checkpoints_count_on(void**) {
     assert_string_equal(turns.c_str(), "01000100100100100010");
     assert_true(blend[0] == List({6, 2, 8, 5, 4, 7, 1, 0, 3, 9, 8, 9, 1, 7}));
     assert_true(blend[1] == List({5, 0, 4, 9, 3, 6}));
-    uint64_t key = loader_mix(loader_mix(loader_mix(42) + 1) + 7);
+    uint64_t key = mix64(mix64(mix64(42) + 1) + 7);
     assert_int_equal(loader_permute(0, 1000000000000, key), 30631716157);
     assert_int_equal(loader_permute(1, 1000000000000, key), 639937205104);
     assert_int_equal(loader_permute(999999999999, 1000000000000, key), 879191392600);

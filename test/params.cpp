@@ -79,7 +79,7 @@ static void initial_values_are_normal(void**) {
             Param p = matrix(500, 400, std);
             size_t n = param_elements(&p);
             std::vector<float> x(n);
-            param_initialise(x.data(), &p, 3, seed);
+            param_initialise(x.data(), &p, seed);
             double m[5] = {}, neighbours = 0, squares = 0, rows = 0, largest = 0;
             for (size_t i = 0; i < n; i++) {
                 double z = (double)x[i] / (double)std;
@@ -110,7 +110,7 @@ static void initial_values_have_the_normal_distribution(void**) {
     Param p = matrix(500, 400, 1.0f);
     size_t n = param_elements(&p);
     std::vector<float> x(n);
-    param_initialise(x.data(), &p, 0, 42);
+    param_initialise(x.data(), &p, 42);
     for (double at : {-3.0, -1.5, -0.5, 0.0, 0.2, 1.0, 2.0, 3.5}) {
         double share = 0.5 * erfc(-at / sqrt(2.0)), below = 0;
         for (float v : x) { below += (double)v < at; }
@@ -121,22 +121,24 @@ static void initial_values_have_the_normal_distribution(void**) {
 static void initial_values_do_not_depend_on_threads(void**) {
     Param p = matrix(129, 33, 0.02f);
     std::vector<float> first(param_elements(&p)), x(first.size());
-    with_threads(1, [&] { param_initialise(first.data(), &p, 5, 99); });
+    with_threads(1, [&] { param_initialise(first.data(), &p, 99); });
     for (int threads : {2, 3}) {
-        with_threads(threads, [&] { param_initialise(x.data(), &p, 5, 99); });
+        with_threads(threads, [&] { param_initialise(x.data(), &p, 99); });
         assert_memory_equal(first.data(), x.data(), x.size() * sizeof(float));
     }
 }
 
-// Another seed or place in the table gives other numbers; another shape of as many elements the same ones: only the element's number
+// Another seed or name gives other numbers, wherever in the table it stands; another shape of as many elements the same ones: only the element's number
 // counts.
-static void initial_values_depend_on_seed_and_place(void**) {
+static void initial_values_depend_on_seed_and_name(void**) {
     Param p = matrix(40, 30, 0.02f), wide = matrix(20, 60, 0.02f);
     std::vector<float> x(1200), seed(1200), place(1200), shape(1200);
-    param_initialise(x.data(), &p, 5, 99);
-    param_initialise(seed.data(), &p, 5, 100);
-    param_initialise(place.data(), &p, 6, 99);
-    param_initialise(shape.data(), &wide, 5, 99);
+    param_initialise(x.data(), &p, 99);
+    param_initialise(seed.data(), &p, 100);
+    Param other = p;
+    snprintf(other.name, sizeof(other.name), "x");
+    param_initialise(place.data(), &other, 99);
+    param_initialise(shape.data(), &wide, 99);
     assert_memory_equal(x.data(), shape.data(), 1200 * sizeof(float));
     int same = 0;
     for (size_t i = 0; i < 1200; i++) { same += (x[i] == seed[i]) + (x[i] == place[i]); }
@@ -147,16 +149,16 @@ static void padding_rows_are_zero_and_vectors_constant(void**) {
     Param p = matrix(128, 24, 0.02f);
     p.valid_rows = 101;
     std::vector<float> x(param_elements(&p), NAN), all(x.size());
-    param_initialise(x.data(), &p, 0, 7);
+    param_initialise(x.data(), &p, 7);
     for (size_t i = 0; i < x.size(); i++) { assert_true(i < 101 * 24 ? x[i] != 0.0f : float_to_bits(x[i]) == 0); }
     p.valid_rows = 128;  // padding does not change the others
-    param_initialise(all.data(), &p, 0, 7);
+    param_initialise(all.data(), &p, 7);
     assert_memory_equal(x.data(), all.data(), 101 * 24 * sizeof(float));
     for (float value : {1.0f, 0.0f, -3.5f}) {
         Param v = matrix(1, 77, 0.0f);
         v.init_value = value;
         std::vector<float> y(77, NAN);
-        param_initialise(y.data(), &v, 0, 7);
+        param_initialise(y.data(), &v, 7);
         for (float e : y) { assert_true(e == value); }
     }
 }
@@ -170,7 +172,7 @@ int main(void) {
         cmocka_unit_test(initial_values_are_normal),
         cmocka_unit_test(initial_values_have_the_normal_distribution),
         cmocka_unit_test(initial_values_do_not_depend_on_threads),
-        cmocka_unit_test(initial_values_depend_on_seed_and_place),
+        cmocka_unit_test(initial_values_depend_on_seed_and_name),
         cmocka_unit_test(padding_rows_are_zero_and_vectors_constant),
     };
     return RUN_TESTS(tests);

@@ -162,7 +162,7 @@ static void llmc_models_give_pytorchs_loss(void** state) {
         GptConfig c = small_config(file.layers, file.heads, file.width, file.vocab, tokens->dims[1], tokens->dims[0], false, true, FP32, false);
         c.positions = file.positions;
         TestModel* t = open_model(c);
-        model_set_weights(&t->model, &file);
+        model_set_weights(&t->model, &t->group, &file);
         memcpy(t->batch.tokens, tokens->ints, (size_t)tokens->count * sizeof(int32_t));
         memcpy(t->batch.targets, golden_find(g, "targets")->ints, (size_t)tokens->count * sizeof(int32_t));
         upload_batch(&t->model, &t->batch, rows_of(&t->model), INFER);
@@ -236,7 +236,7 @@ static void gradients_are_directional_derivatives(void** state) {
 
 // ---- FP8 ----
 
-static const char* const text_files = "train_gpt_fp8.cu,fp8_kernels.cuh,adam_fp8.cuh,dataloader.h";  // real text that is always there
+static const char* const text_files = "LICENSE,test/golden/gpt.py,test/golden/golden.h";  // real text that is always there and stays as it is
 
 static DataLoader open_text(const GptConfig* c) {
     DataLoader loader = {};
@@ -256,7 +256,6 @@ static DataLoader open_text(const GptConfig* c) {
 
 static StepSettings test_settings(void) {
     StepSettings s = {};
-    s.micro_batches = 1;
     s.rules = DecisionRules{0.9, 0.95, 1.0f, 0.0f, 0.0f};
     s.rates = AdamRates{2e-3f, 0.9f, 0.95f, 1e-8f, 0.0f};
     s.weight_decay = 0.1f;
@@ -288,7 +287,7 @@ static void fp8_matmuls_take_fp8_codes(void** state) {
         c.scaling = delayed ? SCALING_DELAYED : SCALING_CURRENT;
         TestModel* t = open_model(c);
         Model* m = &t->model;
-        model_set_weights(m, NULL);
+        model_set_weights(m, &t->group, NULL);
         train_steps(t, 20);
         int linear = 0;
         for (const MatmulEntry* e : *m->matmul.order) {
@@ -316,8 +315,22 @@ static void fp8_matmuls_take_fp8_codes(void** state) {
             assert_true(amax * scale <= 448.0f && amax * scale > 224.0f);
             worst = max_of(worst, (double)amax);
         }
-        for (int l = 0; l < c.layers; l++) {  // an input of a matmul, from what it was made of
+        forward(m, c.B, INFER);  // with the weights as they are now
+        for (int l = 0; l < c.layers; l++) {  // inputs of matmuls, from what they were made of
             const Layer* y = &m->layers[l];
+            const LayerNormInputs norms[] = {layernorm_1(y, y->residual, NULL), layernorm_2(y, y->residual_mid, NULL)};
+            const Tensor inputs[] = {y->x_qkv, y->x_fc};
+            for (int i = 0; i < 2; i++) {
+                LayerNormSource<bf16> source = {(const bf16*)norms[i].x, norms[i].mean, norms[i].rstd, (const bf16*)norms[i].gain, (const bf16*)norms[i].bias};
+                for (int r = 0; r < rows_of(m); r++) {
+                    for (int k = 0; k < c.width; k++) {
+                        e4m3 code;
+                        from_float(code, round_to<bf16>(source.row((size_t)r, c.width)(Range<1>{(size_t)k}).v[0]) * inputs[i].slot[1]);
+                        assert_int_equal(code.bits, ((const e4m3*)inputs[i].data)[r * c.width + k].bits);
+                    }
+                }
+            }
+            assert_int_equal(y->x_proj.dtype, E4M3);
             assert_int_equal(y->x_fcproj.dtype, E4M3);
             float descale = y->x_fcproj.slot[0];
             size_t n = (size_t)rows_of(m) * 4 * (size_t)c.width;
@@ -332,22 +345,28 @@ static void fp8_matmuls_take_fp8_codes(void** state) {
     }
 }
 
-// Loss on the text's first batches of from's weights in c's precision. `coarse`: matrices with one mantissa bit
-static double loss_with(const TestModel* from, GptConfig c, bool coarse, int batches) {
+// A model of c's precision with from's weights. `coarse`: its FP8 weights have one mantissa bit, the two lowest bits of each code are rounded away
+static TestModel* model_with(const TestModel* from, GptConfig c, bool coarse) {
     TestModel* t = open_model(c);
     Model* m = &t->model;
     memcpy(m->optimizer.master, from->model.optimizer.master, m->params.elements * sizeof(float));
     use_masters(t);
-    if (coarse) {  // weights with one mantissa bit: the two lowest bits of each code rounded away
-        for (int i = 0; i < m->params.count; i++) {
-            const Param* p = &m->params.items[i];
-            for (size_t k = 0; k < param_elements(p) && is_fp8(p->dtype); k++) {
-                uint8_t* code = &((e4m3*)p->weight)[k].bits;
-                int magnitude = ((*code & 0x7f) + 2) & ~3;
-                *code = (uint8_t)((*code & 0x80) | min_of(magnitude, 0x7c));
-            }
+    for (int i = 0; i < m->params.count && coarse; i++) {
+        const Param* p = &m->params.items[i];
+        for (size_t k = 0; k < param_elements(p) && is_fp8(p->dtype); k++) {
+            uint8_t* code = &((e4m3*)p->weight)[k].bits;
+            int magnitude = ((*code & 0x7f) + 2) & ~3;
+            *code = (uint8_t)((*code & 0x80) | min_of(magnitude, 0x7c));
         }
     }
+    return t;
+}
+
+// Mean loss on the text's first batches
+static double loss_with(const TestModel* from, GptConfig c, bool coarse) {
+    const int batches = 12;
+    TestModel* t = model_with(from, c, coarse);
+    Model* m = &t->model;
     DataLoader loader = open_text(&c);
     double loss = 0.0;
     for (int i = 0; i < batches; i++) {
@@ -361,18 +380,16 @@ static double loss_with(const TestModel* from, GptConfig c, bool coarse, int bat
 }
 
 // Signal-to-noise ratio in dB of the logits of one batch, with c's precision against FP32, on the same weights
-static double logit_snr(const TestModel* from, GptConfig c) {
+static double logit_snr(const TestModel* from, GptConfig c, bool coarse) {
     GptConfig exact = c;
     exact.act = FP32;
     exact.fp8 = false;
-    TestModel* models[2] = {open_model(exact), open_model(c)};
+    TestModel* models[2] = {model_with(from, exact, false), model_with(from, c, coarse)};
     float* logits[2];
     DataLoader loader = open_text(&c);
     size_t padded = (size_t)c.padded_vocab;
     for (int i = 0; i < 2; i++) {
         Model* m = &models[i]->model;
-        memcpy(m->optimizer.master, from->model.optimizer.master, m->params.elements * sizeof(float));
-        use_masters(models[i]);
         loader_rewind(&loader);
         loader_next(&loader, models[i]->batch.tokens, models[i]->batch.targets);
         upload_batch(m, &models[i]->batch, rows_of(m), INFER);
@@ -396,25 +413,22 @@ static void precision_costs_little_on_trained_weights(void** state) {
     (void)state;
     GptConfig c = small_config(4, 4, 128, 256, 64, 8, true, true, FP32, false);
     TestModel* t = open_model(c);
-    model_set_weights(&t->model, NULL);
+    model_set_weights(&t->model, &t->group, NULL);
     train_steps(t, 220);
     GptConfig b = c, f = c;
     b.act = f.act = BF16;
     f.fp8 = true;
-    double exact = loss_with(t, c, false, 12), bf = loss_with(t, b, false, 12), fp8 = loss_with(t, f, false, 12);
-    double snr_bf = logit_snr(t, b), snr_fp8 = logit_snr(t, f);
-    printf("# loss on the same weights: fp32 %.4f, bf16 %+.3f %%, fp8 %+.3f %%; logits' SNR: bf16 %.1f dB, fp8 %.1f dB\n", exact,
-           100 * (bf / exact - 1), 100 * (fp8 / exact - 1), snr_bf, snr_fp8);
+    double exact = loss_with(t, c, false), bf = loss_with(t, b, false), fp8 = loss_with(t, f, false), coarse = loss_with(t, f, true);
+    double snr_bf = logit_snr(t, b, false), snr_fp8 = logit_snr(t, f, false), snr_coarse = logit_snr(t, f, true);
+    printf("# on the same weights      fp32      bf16       fp8   fp8, weights of 1 mantissa bit\n");
+    printf("# loss                  %8.4f  %+8.3f%%  %+8.3f%%  %+8.3f%%\n", exact, 100 * (bf / exact - 1), 100 * (fp8 / exact - 1), 100 * (coarse / exact - 1));
+    printf("# SNR of the logits, dB            %8.1f  %8.1f  %8.1f\n", snr_bf, snr_fp8, snr_coarse);
     assert_true(exact < 3.2);  // it has learned something
     assert_true(fabs(bf / exact - 1) < 0.005);
     assert_true(fabs(fp8 / exact - 1) < 0.01);
-    assert_true(snr_bf > 30.0 && snr_fp8 > 12.0 && snr_bf > snr_fp8 + 6.0);
-    train_steps(t, 300, 2);  // two batches by heart: weights in which every bit counts
-    exact = loss_with(t, c, false, 2);
-    fp8 = loss_with(t, f, false, 2);
-    double coarse = loss_with(t, f, true, 2);
-    printf("# loss on a text known by heart: fp32 %.4f, fp8 %+.4f, matrices of 1 mantissa bit %+.4f\n", exact, fp8 - exact, coarse - exact);
-    assert_true(coarse > 1.15 * exact && coarse - exact > 2 * fabs(fp8 - exact));
+    assert_true(snr_bf > 30.0 && snr_fp8 > 20.0 && snr_bf > snr_fp8 + 6.0);
+    assert_true(snr_coarse < snr_fp8 - 2.0);
+    assert_true(coarse / exact - 1 > 3 * fabs(fp8 / exact - 1) && coarse / exact - 1 > 3e-4);
     close_model(t);
 }
 
@@ -430,7 +444,7 @@ static void recompute_changes_no_bit(void** state) {
             c.recompute = recompute;
             TestModel* t = open_model(c);
             Model* m = &t->model;
-            model_set_weights(m, NULL);
+            model_set_weights(m, &t->group, NULL);
             train_steps(t, 19);  // past the window of just-in-time scales
             size_t bytes = m->params.elements * sizeof(float);
             if (recompute == 0) {
@@ -458,7 +472,7 @@ static void evaluation_leaves_no_trace(void** state) {
     for (int evaluated = 0; evaluated < 2; evaluated++) {
         TestModel* t = open_model(c);
         Model* m = &t->model;
-        model_set_weights(m, NULL);
+        model_set_weights(m, &t->group, NULL);
         for (int i = 0; i < 4; i++) {
             train_steps(t, 6);
             if (!evaluated) { continue; }
@@ -479,6 +493,25 @@ static void evaluation_leaves_no_trace(void** state) {
     free(plain);
 }
 
+// Fails where a matmul of the run was not planned: its workspace would not be known
+static void every_matmul_is_planned(void** state) {
+    (void)state;
+    for (int fp8 = 0; fp8 < 2; fp8++) {
+        GptConfig c = small_config(3, 2, 32, 256, 300, 2, true, false, BF16, fp8 != 0);
+        c.bf16_layers = Bf16Layers{0, fp8};
+        TestModel* t = open_model(c);
+        Model* m = &t->model;
+        size_t planned = m->matmul.order->size();
+        model_set_weights(m, &t->group, NULL);
+        train_steps(t, 2);
+        loss_of(t);
+        int tokens[4] = {10};
+        generate(m, tokens, 4, 1);
+        assert_int_equal(m->matmul.order->size(), planned);
+        close_model(t);
+    }
+}
+
 // Fails where a skipped step leaves a trace, or where a NaN from one micro-batch does not skip the step
 static void a_non_finite_step_leaves_no_trace(void** state) {
     (void)state;
@@ -486,7 +519,7 @@ static void a_non_finite_step_leaves_no_trace(void** state) {
     c.scaling = SCALING_DELAYED;
     TestModel* t = open_model(c);
     Model* m = &t->model;
-    model_set_weights(m, NULL);
+    model_set_weights(m, &t->group, NULL);
     train_steps(t, 18);
     size_t n = m->params.elements, history = (size_t)m->sites.count * AMAX_WINDOW;
     float* kept = (float*)host_alloc((3 * n + history) * sizeof(float));
@@ -538,6 +571,6 @@ int main(void) {
         cmocka_unit_test(loss_logits_and_gradients_equal_pytorch), cmocka_unit_test(llmc_models_give_pytorchs_loss),
         cmocka_unit_test(gradients_are_directional_derivatives), cmocka_unit_test(fp8_matmuls_take_fp8_codes),
         cmocka_unit_test(precision_costs_little_on_trained_weights), cmocka_unit_test(recompute_changes_no_bit),
-        cmocka_unit_test(evaluation_leaves_no_trace), cmocka_unit_test(a_non_finite_step_leaves_no_trace), cmocka_unit_test(learning_rates)};
+        cmocka_unit_test(evaluation_leaves_no_trace), cmocka_unit_test(every_matmul_is_planned), cmocka_unit_test(a_non_finite_step_leaves_no_trace), cmocka_unit_test(learning_rates)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
