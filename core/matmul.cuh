@@ -21,7 +21,6 @@
 // and inf propagate; BF16 subnormals may be flushed. The same call on the same device with the same thread count gives the same bits.
 #pragma once
 #include <string>
-#include <time.h>
 #include <unordered_map>
 #include <vector>
 #include "device.cuh"
@@ -64,9 +63,12 @@ static_assert(sizeof(MatmulShape) == 80, "padding would be compared too");
 
 struct MatmulStatistics {
     int64_t calls;
-    double seconds;         // inside the library and our copies; counted only while Matmul.timing is on
-    double flops;           // 2·m·n·k·batch a call
+    // counted only while Matmul.timing is on
     int64_t timed_calls;
+    double flops;           // 2·m·n·k·batch a call
+    double seconds;         // inside the library and our copies
+    double library_seconds; // inside the library only
+    double alone_seconds;   // of as many calls, as matmul_time_alone finds them; 0 = not measured
 };
 
 struct MatmulBackend;       // the library's handles
@@ -405,7 +407,10 @@ static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCal
 static inline void kernel_destroy(MatmulKernel* kernel);
 static inline const char* kernel_name(const MatmulKernel* kernel);
 static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* c, Stream stream);
-static inline double backend_seconds(Matmul* mm, bool begin, Stream stream);  // around kernel_run; the second returns the time between
+// For timing, points of a call: it begins, the library's part of it begins and ends (within kernel_run), it ends.
+enum MatmulMark { CALL_BEGINS, LIBRARY_BEGINS, LIBRARY_ENDS, CALL_ENDS, MATMUL_MARKS };
+static inline void backend_mark(Matmul* mm, MatmulMark mark, Stream stream);
+static inline double backend_seconds(Matmul* mm, MatmulMark from, MatmulMark to);  // waits for the second
 
 #ifdef USE_CUDA
 #include "matmul_cublaslt.cuh"
@@ -493,7 +498,7 @@ static inline void matmul(Matmul* mm, const MatmulCall* c, Stream stream) {
         snprintf(why, sizeof(why), "needs %zu bytes of workspace and was planned %zu", entry->workspace, mm->workspace_bytes);
         matmul_refuse(c, why);
     }
-    if (mm->timing) { backend_seconds(mm, true, stream); }
+    if (mm->timing) { backend_mark(mm, CALL_BEGINS, stream); }
     if (c->k == 0) {
         if (!c->accumulate || c->bias != NULL) { finish_matmul(c, NULL, stream); }
     } else {
@@ -502,30 +507,138 @@ static inline void matmul(Matmul* mm, const MatmulCall* c, Stream stream) {
     double flops = 2.0 * c->m * c->n * c->k * c->batch;
     entry->statistics.calls++;
     if (mm->timing) {
-        entry->statistics.seconds += backend_seconds(mm, false, stream);
+        backend_mark(mm, CALL_ENDS, stream);
+        entry->statistics.seconds += backend_seconds(mm, CALL_BEGINS, CALL_ENDS);
+        if (c->k > 0) { entry->statistics.library_seconds += backend_seconds(mm, LIBRARY_BEGINS, LIBRARY_ENDS); }
         entry->statistics.flops += flops;
         entry->statistics.timed_calls++;
     }
 }
 
-// One line a shape: what was multiplied, how often, and how fast (of the calls made while `timing` was on).
-static inline void matmul_report(const Matmul* mm, FILE* f) {
-    fprintf(f, "%-22s %6s %6s  %-3s  %-14s %-6s %8s %10s %9s  %s\n", "m, n, k", "batch", "bias", "A B", "A x B", "D", "calls", "ms",
-            "GFLOP/s", "kernel");
+// ---- what the library does by itself, and the report ----
+
+struct FillRandom {         // uniform in [-1, 1); a row is 4096 elements
+    static constexpr size_t ROW = 4096;
+    bf16* y;
+    size_t elements;
+    RandomKey key;
+    template <class Team> DEVICE void operator()(Team team, int row) const {
+        size_t first = (size_t)row * ROW;
+        bf16* yr = y + first;
+        RandomKey k = key;
+        team.each((int)min_of(ROW, elements - first), [=](auto c) {
+            store(yr, c, decltype(load(yr, c))::map([=](int i) { return 0x1p-31f * (float)(int32_t)random_bits(k, first + c.i + (size_t)i); }));
+        });
+    }
+};
+
+// Elements from the first to the last of (batch, rows, cols)
+static inline size_t extent_of(int batch, int64_t batch_stride, int64_t rows, int64_t ld, int64_t cols) {
+    return (size_t)((batch - 1) * batch_stride + (rows - 1) * ld + cols);
+}
+
+// The bare multiplication of a shape: operands of BF16 (FP32 for FP32), so that neither we nor the library convert; no bias, no sum.
+static inline MatmulCall matmul_bare_call(const MatmulShape* s, void* d, const void* a, const void* b) {
+    MatmulCall c = {};
+    DType type = s->a_dtype == FP32 ? FP32 : BF16;
+    c.d = d; c.d_dtype = (DType)s->d_dtype; c.d_ld = s->d_ld; c.d_batch_stride = s->d_stride;
+    c.a = Operand{a, type, NULL, s->a_ld, s->a_stride, s->a_transposed};
+    c.b = Operand{b, type, NULL, s->b_ld, s->b_stride, s->b_transposed};
+    c.m = s->m; c.n = s->n; c.k = s->k; c.batch = s->batch;
+    return c;
+}
+
+// Times the bare multiplication of every shape that was called while `timing` was on, in isolation: back to back on buffers of its own with
+// random values, the best of three runs of 30 ms (or of as long as the shape took in all its calls, where that is less). Fills
+// statistics.alone_seconds with that times the calls. Shapes of less than a thousandth of all the time are not worth it: theirs is the
+// time they took.
+static inline void matmul_time_alone(Matmul* mm, Stream stream) {
+    Matmul alone;  // of its own, so that neither the workspace nor the statistics of `mm` change
+    matmul_create(&alone);
+    double all = 0.0;
+    for (const MatmulEntry* e : *mm->order) { all += e->statistics.library_seconds; }
+    std::vector<MatmulEntry*> measured;
+    size_t a_bytes = 0, b_bytes = 0, d_bytes = 0;
+    for (MatmulEntry* e : *mm->order) {
+        const MatmulShape* s = &e->shape;
+        e->statistics.alone_seconds = e->statistics.library_seconds;
+        if (e->statistics.library_seconds == 0.0 || e->statistics.library_seconds < 1e-3 * all) { continue; }
+        MatmulCall c = matmul_bare_call(s, NULL, NULL, NULL);
+        matmul_plan(&alone, &c);
+        int a_rows = s->a_transposed ? s->k : s->m, b_rows = s->b_transposed ? s->n : s->k;
+        int a_cols = s->a_transposed ? s->m : s->k, b_cols = s->b_transposed ? s->k : s->n;
+        a_bytes = max_of(a_bytes, extent_of(s->batch, s->a_stride, a_rows, s->a_ld, a_cols) * dtype_bytes(c.a.dtype));
+        b_bytes = max_of(b_bytes, extent_of(s->batch, s->b_stride, b_rows, s->b_ld, b_cols) * dtype_bytes(c.b.dtype));
+        d_bytes = max_of(d_bytes, extent_of(s->batch, s->d_stride, s->m, s->d_ld, s->n) * dtype_bytes(c.d_dtype));
+        measured.push_back(e);
+    }
+    void* workspace = device_alloc(alone.planned);
+    matmul_set_workspace(&alone, workspace, alone.planned);
+    void *a = device_alloc(a_bytes), *b = device_alloc(b_bytes), *d = device_alloc(d_bytes);
+    // two BF16 numbers of [-1, 1) are an FP32 number of [-1, 1) as well
+    run_rows(FillRandom{(bf16*)a, a_bytes / 2, random_key(1, 0, 0)}, (int)ceil_div(a_bytes / 2, FillRandom::ROW), stream);
+    run_rows(FillRandom{(bf16*)b, b_bytes / 2, random_key(1, 0, 1)}, (int)ceil_div(b_bytes / 2, FillRandom::ROW), stream);
+    device_zero(d, d_bytes, stream);
+    auto statistics_of = [&](const MatmulCall* c) { return &matmul_entry(&alone, c, true)->statistics; };
+    for (int run = 0; run < 3; run++) {  // all shapes, and then all again: what slows the machine for a moment slows no shape three times
+        for (const MatmulEntry* e : measured) {
+            MatmulCall c = matmul_bare_call(&e->shape, d, a, b);
+            MatmulStatistics* x = statistics_of(&c);  // one for all that differ in bias, sum or FP8 format only
+            alone.timing = false;
+            matmul(&alone, &c, stream);  // warms up
+            alone.timing = true;
+            double enough = min_of(0.03, e->statistics.library_seconds), before = x->library_seconds;
+            int64_t calls = 0;
+            for (; x->library_seconds - before < enough; calls++) { matmul(&alone, &c, stream); }
+            double one = (x->library_seconds - before) / (double)calls;
+            x->alone_seconds = x->alone_seconds == 0.0 ? one : min_of(x->alone_seconds, one);
+        }
+    }
+    for (MatmulEntry* e : measured) {
+        MatmulCall c = matmul_bare_call(&e->shape, d, a, b);
+        e->statistics.alone_seconds = statistics_of(&c)->alone_seconds * (double)e->statistics.timed_calls;
+    }
+    stream_sync(stream);
+    device_free(a);
+    device_free(b);
+    device_free(d);
+    device_free(workspace);
+    matmul_destroy(&alone);
+}
+
+static inline void matmul_report_speed(FILE* f, double flops, double seconds) {
+    if (seconds > 0.0) { fprintf(f, " %9.1f", 1e-9 * flops / seconds); }
+    else { fprintf(f, " %9s", "-"); }
+}
+
+// One line a shape: what was multiplied, how often, and of the calls made while `timing` was on ms in all, ms within the library, GFLOP/s
+// there, and GFLOP/s of the library alone (after matmul_time_alone). Then the sums, for each of the `steps` that were timed.
+static inline void matmul_report(const Matmul* mm, FILE* f, int steps) {
+    MatmulStatistics all = {};
+    fprintf(f, "%-22s %6s %6s  %-3s  %-14s %-6s %8s %10s %10s %9s %9s  %s\n", "m, n, k", "batch", "bias", "A B", "A x B", "D", "calls", "ms",
+            "library", "GFLOP/s", "alone", "kernel");
     for (const MatmulEntry* e : *mm->order) {
         const MatmulShape* s = &e->shape;
-        if (e->statistics.calls == 0) { continue; }
+        const MatmulStatistics* x = &e->statistics;
+        if (x->calls == 0) { continue; }
         char size[64], types[32], d[16];
         snprintf(size, sizeof(size), "%d, %d, %d", s->m, s->n, s->k);
         snprintf(types, sizeof(types), "%s x %s", dtype_names[s->a_dtype], dtype_names[s->b_dtype]);
         snprintf(d, sizeof(d), "%s%s", dtype_names[s->d_dtype], s->accumulate ? "+=" : "");
         fprintf(f, "%-22s %6d %6s  %c %c  %-14s %-6s %8" PRId64, size, s->batch, s->bias ? dtype_names[s->bias_dtype] : "-",
-                s->a_transposed ? 'T' : 'N', s->b_transposed ? 'T' : 'N', types, d, e->statistics.calls);
-        if (e->statistics.timed_calls > 0) {
-            fprintf(f, " %10.3f %9.1f", 1e3 * e->statistics.seconds, 1e-9 * e->statistics.flops / max_of(e->statistics.seconds, 1e-12));
-        } else {
-            fprintf(f, " %10s %9s", "-", "-");
-        }
+                s->a_transposed ? 'T' : 'N', s->b_transposed ? 'T' : 'N', types, d, x->calls);
+        if (x->timed_calls > 0) { fprintf(f, " %10.3f %10.3f", 1e3 * x->seconds, 1e3 * x->library_seconds); }
+        else { fprintf(f, " %10s %10s", "-", "-"); }
+        matmul_report_speed(f, x->flops, x->library_seconds);
+        matmul_report_speed(f, x->flops, x->alone_seconds);
         fprintf(f, "  %s\n", e->kernel != NULL ? kernel_name(e->kernel) : "none");
+        all.seconds += x->seconds;
+        all.library_seconds += x->library_seconds;
+        all.alone_seconds += x->alone_seconds;
     }
+    double per_step = 1e3 / max_of(steps, 1);
+    if (all.seconds > 0.0) {
+        fprintf(f, "matmuls: %.3f ms a step, %.3f ms of it within the library\n", per_step * all.seconds, per_step * all.library_seconds);
+    }
+    if (all.alone_seconds > 0.0) { fprintf(f, "matmuls alone: %.3f ms a step\n", per_step * all.alone_seconds); }
 }

@@ -12,7 +12,7 @@
 
 struct MatmulBackend {
     cublasLtHandle_t handle;
-    cudaEvent_t begun, ended;   // for timing
+    cudaEvent_t marks[MATMUL_MARKS];
 };
 
 struct MatmulKernel {
@@ -33,13 +33,11 @@ static inline void backend_create(Matmul* mm) {
     mm->capability = device_capability();
     mm->backend = new MatmulBackend();
     CUBLASLT_CHECK(cublasLtCreate(&mm->backend->handle));
-    CUDA_CHECK(cudaEventCreate(&mm->backend->begun));
-    CUDA_CHECK(cudaEventCreate(&mm->backend->ended));
+    for (cudaEvent_t& mark : mm->backend->marks) { CUDA_CHECK(cudaEventCreate(&mark)); }
 }
 
 static inline void backend_destroy(Matmul* mm) {
-    CUDA_CHECK(cudaEventDestroy(mm->backend->begun));
-    CUDA_CHECK(cudaEventDestroy(mm->backend->ended));
+    for (cudaEvent_t mark : mm->backend->marks) { CUDA_CHECK(cudaEventDestroy(mark)); }
     CUBLASLT_CHECK(cublasLtDestroy(mm->backend->handle));
     delete mm->backend;
 }
@@ -55,15 +53,13 @@ static inline void kernel_destroy(MatmulKernel* k) {
 
 static inline const char* kernel_name(const MatmulKernel* kernel) { return kernel->name; }
 
-static inline double backend_seconds(Matmul* mm, bool begin, Stream stream) {
-    if (begin) {
-        CUDA_CHECK(cudaEventRecord(mm->backend->begun, stream));
-        return 0.0;
-    }
+static inline void backend_mark(Matmul* mm, MatmulMark mark, Stream stream) {
+    CUDA_CHECK(cudaEventRecord(mm->backend->marks[mark], stream));
+}
+static inline double backend_seconds(Matmul* mm, MatmulMark from, MatmulMark to) {
     float ms = 0.0f;
-    CUDA_CHECK(cudaEventRecord(mm->backend->ended, stream));
-    CUDA_CHECK(cudaEventSynchronize(mm->backend->ended));
-    CUDA_CHECK(cudaEventElapsedTime(&ms, mm->backend->begun, mm->backend->ended));
+    CUDA_CHECK(cudaEventSynchronize(mm->backend->marks[to]));
+    CUDA_CHECK(cudaEventElapsedTime(&ms, mm->backend->marks[from], mm->backend->marks[to]));
     return 1e-3 * ms;
 }
 
@@ -203,6 +199,7 @@ static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* 
     }
     if (p->bias_in_library) { set_operation(k, CUBLASLT_MATMUL_DESC_BIAS_POINTER, c->bias); }
     float alpha = 1.0f, beta = c->accumulate ? 1.0f : 0.0f;  // read before the call returns
+    if (mm->timing) { backend_mark(mm, LIBRARY_BEGINS, stream); }
     cublasStatus_t status = cublasLtMatmul(mm->backend->handle, k->operation, &alpha, b, k->b, a, k->a, &beta, d, k->d, d, k->d,
                                            &k->algorithm, w + p->library_offset, p->library_bytes, stream);
     if (status != CUBLAS_STATUS_SUCCESS) {
@@ -210,6 +207,7 @@ static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* 
         snprintf(why, sizeof(why), "cuBLASLt fails (%s)", cublasLtGetStatusString(status));
         matmul_refuse(c, why);
     }
+    if (mm->timing) { backend_mark(mm, LIBRARY_ENDS, stream); }
     if (p->d_copy) {
         finish_matmul(c, (const float*)d, stream);
     } else if (c->bias != NULL && !p->bias_in_library) {

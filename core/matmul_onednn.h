@@ -11,7 +11,7 @@ struct MatmulBackend {
     dnnl::engine engine;
     dnnl::stream stream;
     bool bf16;              // the CPU multiplies BF16
-    double started;
+    double marks[MATMUL_MARKS];  // seconds
 };
 
 struct MatmulKernel {
@@ -23,12 +23,6 @@ struct MatmulKernel {
     bool d_copy;            // oneDNN writes FP32 into the workspace; our kernel adds the bias and rounds to BF16
     size_t a_offset, b_offset, bias_offset, d_offset, scratchpad_offset;
 };
-
-static inline double cpu_seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static inline bool cpu_multiplies_bf16(void) {
     unsigned isa = (unsigned)dnnl::get_effective_cpu_isa(), needed = (unsigned)dnnl::cpu_isa::avx512_core_bf16;
@@ -48,10 +42,9 @@ static inline void backend_destroy(Matmul* mm) { delete mm->backend; }
 static inline void kernel_destroy(MatmulKernel* kernel) { delete kernel; }
 static inline const char* kernel_name(const MatmulKernel* kernel) { return kernel->name.c_str(); }
 
-static inline double backend_seconds(Matmul* mm, bool begin, Stream) {
-    double now = cpu_seconds();
-    if (begin) { mm->backend->started = now; }
-    return now - mm->backend->started;
+static inline void backend_mark(Matmul* mm, MatmulMark mark, Stream) { mm->backend->marks[mark] = wall_seconds(); }
+static inline double backend_seconds(Matmul* mm, MatmulMark from, MatmulMark to) {
+    return mm->backend->marks[to] - mm->backend->marks[from];
 }
 
 static inline dnnl::memory::data_type onednn_dtype(DType t) {
@@ -180,8 +173,10 @@ static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* 
             }
             k->arguments[DNNL_ARG_BIAS].set_data_handle(bias);
         }
+        if (mm->timing) { backend_mark(mm, LIBRARY_BEGINS, stream); }
         k->primitive.execute(mm->backend->stream, k->arguments);
         mm->backend->stream.wait();
+        if (mm->timing) { backend_mark(mm, LIBRARY_ENDS, stream); }
     } catch (const dnnl::error& e) {
         char why[256];
         snprintf(why, sizeof(why), "oneDNN fails (%s)", e.what());

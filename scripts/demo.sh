@@ -62,6 +62,7 @@ esac
 threads=$(($(nproc) / ranks))
 threads=$((threads > 8 ? 8 : (threads < 1 ? 1 : threads))) # so small a model has no work for more
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait by spinning take the cores from those that work
 
 # losses FILE: "step loss" a line, from a log.jsonl
 losses() {

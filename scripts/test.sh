@@ -6,8 +6,8 @@
 # NAMEs only those run. SOAK=1 is passed on to the tests, which then run their full counts.
 #
 # The tests are those of the CPU build on every machine: they look into memory that on a GPU is the device's, and train widths that its FP8
-# units refuse. Where nvcc is present the CUDA build is compiled and linked too, and is a test of its own (cuda-build). ./train_gpt_fp8 stays
-# as it is: the end-to-end tests run the binary of the build folder.
+# units refuse. Where nvcc is present the CUDA build is compiled and linked too, and is a test of its own (cuda-build). ./train_gpt_fp8 is
+# left as it is: the end-to-end tests run the binary of the build folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -116,13 +116,15 @@ for name in "${names[@]}"; do
     fi
 done
 
-asked=${DEVICE:-auto}
-export DEVICE=${asked/#auto/cpu}
+why="asked for"
+if [ "${DEVICE:-auto}" = auto ]; then
+    DEVICE=cpu why="the tests are those of the CPU build, GPU or not"
+fi
 config=$(make -s DEVICE="$DEVICE" config)
 build=$(sed -n 's/^BUILD = //p' <<< "$config")
 export TRAIN=$build/train_gpt_fp8
-[ "$asked" != auto ] || config=$(sed 's/^WHY = .*/WHY = the tests are those of the CPU build, whether there is a GPU or not/' <<< "$config")
-sed -n 's/^\(DEVICE\|WHY\|MPI\|NCCL\|ONEDNN\) = \(..*\)/\1: \2/p' <<< "$config"
+printf 'DEVICE: %s\nWHY: %s\n' "$DEVICE" "$why"
+sed -n 's/^\(MPI\|NCCL\|ONEDNN\) = \(..*\)/\1: \2/p' <<< "$config"
 programs=()
 for source in test/*.cpp; do
     name=$(basename "$source" .cpp)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bats
 # bad_input.bats: what the binary refuses: one line on stderr that names the flag or file and the value, exit status 2, and nothing written.
 #
-# Each line of a table is the flags, then a pattern that the one line must match. The same goes for ranks under mpirun: one line, whoever says
-# it, and all of them end. mpirun adds a banner of its own.
+# Each line of a table is the flags, then a pattern that the one line must match. The same goes for ranks under mpirun: one line, whoever
+# says it, and all of them end. mpirun adds a banner of its own.
 # shellcheck disable=SC2030,SC2031,SC2086,SC2154 # $TINY is a list of words; output, status and stderr are bats's
 
 load common
@@ -37,8 +37,8 @@ setup_file() {
 
 setup() { cd "$BATS_FILE_TMPDIR" || return; }
 
-# refuses COMMAND… PATTERN: the status is 2, the only line of stderr starts with the program's name and matches the pattern, stdout is empty,
-# and there is no out
+# refuses COMMAND… PATTERN: the status is 2, the only line of stderr starts with the program's name and matches the pattern, stdout is
+# empty, and there is no out
 refuses() {
     local pattern=${*: -1} start=$SECONDS
     run --separate-stderr timeout 20 "${@:1:$#-1}"
@@ -147,6 +147,7 @@ EOT
 --val-data text.txt --val-split 0.1 --val-every 1 | --val-split: 0.1*--val-data*
 --steps -1 --global-batch 1280000 | --global-batch: 1280000 tokens*epoch*
 --vocab 100 | --train-data: text.txt: the token at offset * is 1*vocabulary of 100*
+--staged | --staged is for GPU builds*
 EOT
     refuses "$TRAIN" --train-data text.txt --layers 2 --heads 2 --steps 4 --output-dir out '*--width*'
     refuses "$TRAIN" --layers 2 --heads 2 --width 64 --steps 4 --output-dir out '--train-data is missing*'
@@ -253,8 +254,8 @@ EOT
     run -0 --separate-stderr "$TRAIN" --frobnicate --help
     [ -z "$stderr" ]
     for flag in train-data val-data val-split init layers heads width vocab position tie-embeddings micro-batch seq-len global-batch steps \
-        overfit-batch lr warmup min-lr-frac lr-schedule weight-decay clip beta1 beta2 eps skip-loss-z skip-grad-z recipe fp8-scaling fp8-fwd \
-        fp8-bwd bf16-layers recompute output-dir val-every val-batches sample-every sample-len profile seed staged; do
+        overfit-batch lr warmup min-lr-frac lr-schedule weight-decay clip beta1 beta2 eps skip-loss-z skip-grad-z recipe fp8-scaling \
+        fp8-fwd fp8-bwd bf16-layers recompute output-dir val-every val-batches sample-every sample-len profile seed staged; do
         grep -qE -- "^ .* --$flag( |\$)" <<< "$output" || { echo "--$flag is missing"; return 1; }
     done
     awk 'length($0) > 110 { print "too long: " $0; bad = 1 } END { exit bad }' <<< "$output"
@@ -312,6 +313,19 @@ EOT
     local good="$TRAIN --train-data text.txt $TINY --steps 4 --output-dir $BATS_TEST_TMPDIR/out"
     # the second rank works in a folder that has no text
     refuses_on 1 $good : -wdir "$BATS_FILE_TMPDIR/folder" -np 1 $good 'rank 1: --train-data: text.txt*'
+    [ ! -e "$BATS_TEST_TMPDIR/out" ]
+}
+
+@test "the same name for other data on one rank is refused" {
+    have_mpi
+    local good="$TRAIN --train-data text.txt $TINY --steps 4 --output-dir $BATS_TEST_TMPDIR/out"
+    mkdir "$BATS_TEST_TMPDIR/shorter"
+    head -c 5000 text.txt > "$BATS_TEST_TMPDIR/shorter/text.txt"
+    refuses_on 1 $good : -wdir "$BATS_TEST_TMPDIR/shorter" -np 1 $good \
+        'rank 1 was started with train-windows=156, rank 0 with train-windows=*; all ranks need the same data*'
+    refuses_on 2 $good : -wdir "$BATS_TEST_TMPDIR/shorter" -np 1 $good 'rank 2 was started with train-windows=156, rank 0 *'
+    # one epoch of each: unrefused, the ranks would not even take as many steps, and one would wait for ever
+    refuses_on 1 $good --steps -1 : -wdir "$BATS_TEST_TMPDIR/shorter" -np 1 $good --steps -1 'rank 1 was started with *; all ranks need *'
     [ ! -e "$BATS_TEST_TMPDIR/out" ]
 }
 

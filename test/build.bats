@@ -16,14 +16,17 @@ setup_file() {
     done
     rm -f "$FAKE"/system/{mpicc,nvcc,nvidia-smi,python3,apt-get,sudo} # a test installs nothing
 
-    cd "$FAKE/cuda"
+    cd "$FAKE/cuda" || return
     printf 'extern "C" int cudaGetDeviceCount(int*);\n' > include/cuda_runtime.h
     printf 'typedef void* cublasLtHandle_t; extern "C" int cublasLtCreate(cublasLtHandle_t*);\n' > include/cublasLt.h
-    printf 'typedef void* cublasHandle_t; extern "C" int cublasCreate(cublasHandle_t*);\n' > include/cublas_v2.h
+    : > include/cuda_bf16.h
+    : > include/cuda_fp16.h
+    printf '%s\n' 'enum { __NV_SATFINITE, __NV_E4M3 };' 'inline int __nv_cvt_float_to_fp8(float, int, int) { return 0x38; }' \
+        > include/cuda_fp8.h
+    : > include/only_here.h
     : > include/nvtx3/nvToolsExt.h
     library lib64/libcudart.so 'int cudaGetDeviceCount(int* n) { return *n = 0; }'
     library lib64/libcublasLt.so 'int cublasLtCreate(void** h) { return h == 0; }'
-    library lib64/libcublas.so 'int cublasCreate(void** h) { return h == 0; }'
     cat > bin/nvcc <<'EOF'
 #!/usr/bin/env bash
 if [ "$1" = --list-gpu-code ]; then
@@ -45,7 +48,14 @@ exec g++ "${words[@]}"
 EOF
     chmod +x bin/nvcc
     nccl_home "$FAKE/nccl"
-    printf '#!/usr/bin/env bash\necho "GPU 0: NVIDIA H100 (UUID: GPU-1)"\n' > "$FAKE/smi_gpu"
+    cat > "$FAKE/smi_gpu" <<'EOF'
+#!/usr/bin/env bash
+case $* in
+    -L) echo "GPU 0: NVIDIA H100 (UUID: GPU-1)" ;;
+    "--query-gpu=compute_cap --format=csv,noheader") tr ',' '\n' <<< "${CAPS:-9.0}" ;;
+    *) exit 2 ;;
+esac
+EOF
     printf '#!/usr/bin/env bash\necho "No devices were found"\nexit 6\n' > "$FAKE/smi_none"
     chmod +x "$FAKE"/smi_*
 }
@@ -64,7 +74,7 @@ setup() {
     local root
     root=$(dirname "$BATS_TEST_DIRNAME")
     mkdir -p "$BATS_TEST_TMPDIR/project/test" "$BATS_TEST_TMPDIR/bin"
-    cd "$BATS_TEST_TMPDIR/project"
+    cd "$BATS_TEST_TMPDIR/project" || return
     cp -r "$root/Makefile" "$root/scripts" .
     printf '#include <stdio.h>\n#include "part.h"\n' > train_gpt_fp8.cu
     printf 'int main() {\n#ifdef USE_CUDA\n    puts("cuda");\n#else\n    puts("cpu");\n#endif\n    return 0;\n}\n' > part.h
@@ -127,7 +137,7 @@ says() {
     [ "$status" != 0 ]
     [[ $output == *"needs nvcc"*"$bin/nvcc"* ]]
     cp -r "$FAKE/cuda" half
-    rm half/lib64/libcublasLt.so
+    library half/lib64/libcublasLt.so 'int other(void) { return 0; }' # absent, that of the system might be found
     run on make config DEVICE=cuda CUDA_HOME="$PWD/half"
     [ "$status" != 0 ]
     [[ $output == *"$PWD/half"*"cuBLASLt"* ]]
@@ -242,19 +252,63 @@ EOF
     [[ $output != *"-I$PWD/nccl"* ]]
 }
 
-@test "GPU_ARCH: code for each, PTX of the last; what nvcc does not know is refused" {
+@test "GPU_ARCH: code for each, PTX of the last that later GPUs take; what nvcc does not know is refused" {
     run on make config DEVICE=cuda CUDA_HOME="$FAKE/cuda"
-    says COMPILE "-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a"
+    says COMPILE "-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90,code=compute_90"
     for list in "80 90a" "80,90a" "sm_80 sm_90a"; do
         run on make config DEVICE=cuda CUDA_HOME="$FAKE/cuda" GPU_ARCH="$list"
-        says COMPILE "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a"
+        says COMPILE "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90,code=compute_90"
     done
+    run on make config DEVICE=cuda CUDA_HOME="$FAKE/cuda" GPU_ARCH="100f 80"
+    says COMPILE "-gencode arch=compute_100f,code=sm_100f -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80"
+    [[ $output != *code=compute_100* ]]
     run on make config DEVICE=cuda CUDA_HOME="$FAKE/cuda" GPU_ARCH=hopper
     [ "$status" != 0 ]
     [[ $output == *"GPU_ARCH=hopper"* ]]
     run on make config DEVICE=cuda CUDA_HOME="$FAKE/cuda" GPU_ARCH="80 200"
     [ "$status" != 0 ]
     [[ $output == *"does not know sm_200"*"75 80 89 90 100"* ]]
+}
+
+@test "GPU_ARCH is that of the GPUs that are there, unless given; 90a where the driver does not tell" {
+    has smi_gpu nvidia-smi
+    run on CUDA_HOME="$FAKE/cuda" make config
+    says GPU_ARCH 90a
+    run on CUDA_HOME="$FAKE/cuda" CAPS=10.0,8.9,8.9,9.0 make config
+    says GPU_ARCH "89 90a 100"
+    says COMPILE "-gencode arch=compute_100,code=sm_100 -gencode arch=compute_100,code=compute_100"
+    run on CUDA_HOME="$FAKE/cuda" CAPS=8.0 make -n # what was found on other GPUs is not kept
+    [[ ${lines[0]} == *"sm 80;"* ]]
+    run on CUDA_HOME="$FAKE/cuda" CAPS=8.0 make config GPU_ARCH="75 90"
+    says GPU_ARCH "75 90"
+    run on CUDA_HOME="$FAKE/cuda" CAPS='Field "compute_cap" is not a valid field to query.' make config
+    [ "$status" = 0 ]
+    says GPU_ARCH 90a
+    has smi_none nvidia-smi
+    run on CUDA_HOME="$FAKE/cuda" make config DEVICE=cuda
+    [ "$status" = 0 ]
+    says GPU_ARCH 90a
+}
+
+@test "the tests of the CPU build see NVIDIA's headers where the toolkit is; the trainer does not" {
+    printf '#if __has_include(<only_here.h>)\n#error compared with\n#endif\n' > test/compare.cpp
+    run on make DEVICE=cpu NVCC="$bin/nvcc" -n tests
+    [ "$status" = 0 ]
+    [[ $output != *-idirafter* ]]
+    run on make DEVICE=cpu CUDA_HOME="$FAKE/cuda" tests
+    [ "$status" != 0 ]
+    [[ $output == *"compared with"* ]]
+    echo '#include <only_here.h>' >> part.h
+    run on make DEVICE=cpu CUDA_HOME="$FAKE/cuda"
+    [ "$status" != 0 ]
+    [[ $output == *"only_here.h: No such file"* ]]
+    if ! on g++ -x c++ -E -include cuda_fp8.h /dev/null > found 2>&1; then # the system's headers come first, where it has them
+        cp -r "$FAKE/cuda" other
+        echo '#error not for this compiler' > other/include/cuda_fp8.h
+        run on make DEVICE=cpu CUDA_HOME="$PWD/other" -n tests
+        [ "$status" = 0 ]
+        [[ $output != *-idirafter* ]]
+    fi
 }
 
 @test "missing oneDNN or json-c: the package and setup.sh are named" {
@@ -376,11 +430,30 @@ EOF
     grep -qx "1 passed, 1 failed" <<< "$output"
 }
 
+@test "on a machine with a GPU the runner tests the CPU build, and leaves ./train_gpt_fp8 as it was" {
+    has smi_gpu nvidia-smi
+    on CUDA_HOME="$FAKE/cuda" make
+    [ "$(./train_gpt_fp8)" = cuda ]
+    # shellcheck disable=SC2016 # $TRAIN is the inner test's
+    printf '@test "cpu" { [ "$("$TRAIN")" = cpu ]; }\n' > test/end.bats
+    printf '#include <stdio.h>\n#ifdef USE_CUDA\n#error not for GPUs\n#endif\nint main() { puts("1..1\\nok 1 - cpu"); }\n' > test/unit.cpp
+    local device
+    for device in DEVICE= DEVICE=auto; do
+        run on CUDA_HOME="$FAKE/cuda" make test "$device"
+        [ "$status" = 0 ]
+        [[ $output == *"DEVICE: cpu"*"WHY: "*"CPU build"* ]]
+        grep -q '^ok *cuda-build' <<< "$output"
+        [ "${lines[-1]}" = "3 passed, 0 failed" ]
+        [ "$(./train_gpt_fp8)" = cuda ]
+    done
+}
+
 @test "setup.sh --check names what is missing; setup.sh installs just that, once" {
     has smi_none nvidia-smi
     cp -rP "$FAKE/system" tools
     rm -f tools/gnuplot tools/mpirun
     ln -sf "$(command -v true)" tools/mpicc
+    # shellcheck disable=SC2317 # it is run by run
     ours() { env -i PATH="$bin:$PWD/tools" HOME="$BATS_TEST_TMPDIR" LC_ALL=C "$@"; }
     run ours scripts/setup.sh --check
     [ "$status" = 1 ]

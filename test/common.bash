@@ -1,7 +1,7 @@
 # common.bash: what the end-to-end tests of the binary share: how it is started, the data it is fed, and how its log is read.
 #
-# The binary is $TRAIN (default ./train_gpt_fp8). Data is made by small generators with their own random numbers, so it is the same with every
-# awk and perl. Needs bash, awk, perl-base and coreutils.
+# The binary is $TRAIN (default that of the CPU build: GPUs refuse some of the widths here). Data is made by small generators with their own
+# random numbers, so it is the same with every awk and perl. Needs bash, awk, perl-base and coreutils.
 # shellcheck shell=bash
 
 bats_require_minimum_version 1.5.0
@@ -9,9 +9,9 @@ bats_require_minimum_version 1.5.0
 # use_binary: for setup_file: TRAIN as an absolute path, one thread (so small a model has no work for two).
 use_binary() {
     cd "$BATS_TEST_DIRNAME/.." || return
-    TRAIN=$(realpath -- "${TRAIN:-./train_gpt_fp8}")
+    TRAIN=$(realpath -m -- "${TRAIN:-build/cpu/train_gpt_fp8}")
     [ -x "$TRAIN" ] || {
-        echo "there is no $TRAIN: run make first, or give another by TRAIN=PATH"
+        echo "there is no $TRAIN: run make DEVICE=cpu binary first, or give another by TRAIN=PATH"
         return 1
     }
     export TRAIN LC_ALL=C OMP_NUM_THREADS=1
@@ -66,7 +66,8 @@ shard() {
 
 # ---- reading what a run has written ----
 
-# column FIELD DIR: a field of every line of DIR/log.jsonl but the first (the config) that has it. "loss" is not "val_loss": the quotes count.
+# column FIELD DIR: a field of every line of DIR/log.jsonl but the first (the config) that has it. "loss" is not
+# "val_loss": the quotes count.
 column() {
     awk -v key="\"$1\":" '{
         at = index($0, key)

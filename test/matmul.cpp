@@ -591,7 +591,7 @@ static void statistics_count_calls_time_and_work(void**) {
     Case s = {32, 48, 64, 2, BF16, BF16, FP32, false, true, true, 0, 0, 1.0f, 1.0f};
     Setup r = set_up(s, &random, small_integer);
     multiply(&mm, &r.call);
-    assert_true((*mm.order)[0]->statistics.seconds == 0.0);
+    assert_true((*mm.order)[0]->statistics.seconds == 0.0 && (*mm.order)[0]->statistics.library_seconds == 0.0);
     mm.timing = true;
     multiply(&mm, &r.call);
     multiply(&mm, &r.call);
@@ -600,16 +600,58 @@ static void statistics_count_calls_time_and_work(void**) {
     assert_int_equal(x->calls, 3);
     assert_true(x->flops == 2.0 * (2.0 * 32 * 48 * 64 * 2));
     assert_true(x->seconds > 0.0 && x->seconds < 10.0);
+    assert_true(x->library_seconds > 0.0 && x->library_seconds <= x->seconds);
     char* text = NULL;
     size_t size = 0;
     FILE* f = open_memstream(&text, &size);
-    matmul_report(&mm, f);
+    matmul_report(&mm, f, 2);
     fclose(f);
     assert_non_null(strstr(text, "32, 48, 64"));
     assert_non_null(strstr(text, "bf16 x bf16"));
     assert_non_null(strstr(text, "fp32+="));
     free(text);
     tear_down(&r);
+    matmul_destroy(&mm);
+}
+
+// Shapes with every layout, gaps, overlapping matrices and sizes that are zero; the matrices' own statistics and workspace stay as they were.
+static void matmul_time_alone_times_every_shape_called(void**) {
+    Matmul mm;
+    matmul_create(&mm);
+    Random random = {10};
+    mm.timing = true;
+    const Case cases[] = {{32, 48, 64, 2, E4M3, E4M3, BF16, false, true, false, 0, 0, 1.0f, 1.0f}, {32, 48, 64, 2, E5M2, E4M3, BF16, false, true, false, 0, 0, 1.0f, 1.0f},
+                          {17, 5, 33, 1, E4M3, E5M2, FP32, true, false, true, 0, 0, 1.0f, 1.0f}, {16, 16, 16, 3, FP32, FP32, FP32, true, true, false, 0, 0, 1.0f, 1.0f},
+                          {4, 4, 0, 1, BF16, BF16, FP32, false, false, false, 0, 0, 1.0f, 1.0f}};
+    for (const Case& s : cases) {
+        Setup r = set_up(s, &random, small_integer);
+        for (int i = 0; i < 5; i++) { multiply(&mm, &r.call); }
+        tear_down(&r);
+    }
+    void* workspace = mm.workspace;
+    size_t entries = mm.order->size(), bytes = mm.workspace_bytes;
+    matmul_time_alone(&mm, NULL);
+    assert_int_equal(mm.order->size(), entries);
+    assert_true(mm.workspace == workspace && mm.workspace_bytes == bytes);
+    for (const MatmulEntry* e : *mm.order) {
+        assert_int_equal(e->statistics.calls, 5);
+        assert_true(e->shape.k == 0 ? e->statistics.alone_seconds == 0.0 : e->statistics.alone_seconds > 0.0 && e->statistics.alone_seconds < 1.0);
+    }
+    // formats that become BF16 share one measurement
+    assert_true((*mm.order)[0]->statistics.alone_seconds == (*mm.order)[1]->statistics.alone_seconds);
+    assert_true((*mm.order)[0]->statistics.alone_seconds != (*mm.order)[2]->statistics.alone_seconds);
+    char* text = NULL;
+    size_t size = 0;
+    FILE* f = open_memstream(&text, &size);
+    matmul_report(&mm, f, 5);
+    fclose(f);
+    double sum = 0.0, printed = 0.0;
+    for (const MatmulEntry* e : *mm.order) { sum += e->statistics.alone_seconds; }
+    const char* line = strstr(text, "matmuls alone: ");
+    assert_non_null(line);
+    assert_int_equal(sscanf(line, "matmuls alone: %lf ms a step", &printed), 1);
+    assert_true(fabs(printed - 1e3 * sum / 5) <= 0.0006);
+    free(text);
     matmul_destroy(&mm);
 }
 
@@ -864,6 +906,7 @@ int main(int count, char** words) {
         cmocka_unit_test(what_cannot_be_is_refused),
         cmocka_unit_test(more_workspace_than_planned_is_refused),
         cmocka_unit_test(statistics_count_calls_time_and_work),
+        cmocka_unit_test(matmul_time_alone_times_every_shape_called),
         cmocka_unit_test(training_shapes_have_fast_kernels),
         cmocka_unit_test(hopper_multiplies_fp8_k_contiguous),
         cmocka_unit_test(gpus_without_fp8_decode_to_bf16),
