@@ -527,7 +527,8 @@ struct FillRandom {         // uniform in [-1, 1); a row is 4096 elements
         bf16* yr = y + first;
         RandomKey k = key;
         team.each((int)min_of(ROW, elements - first), [=](auto c) {
-            store(yr, c, decltype(load(yr, c))::map([=](int i) { return 0x1p-31f * (float)(int32_t)random_bits(k, first + c.i + (size_t)i); }));
+            auto element = [=](int i) { return 0x1p-31f * (float)(int32_t)random_bits(k, first + c.i + (size_t)i); };
+            store(yr, c, decltype(load(yr, c))::map(element));
         });
     }
 };
@@ -615,8 +616,8 @@ static inline void matmul_report_speed(FILE* f, double flops, double seconds) {
 // there, and GFLOP/s of the library alone (after matmul_time_alone). Then the sums, for each of the `steps` that were timed.
 static inline void matmul_report(const Matmul* mm, FILE* f, int steps) {
     MatmulStatistics all = {};
-    fprintf(f, "%-22s %6s %6s  %-3s  %-14s %-6s %8s %10s %10s %9s %9s  %s\n", "m, n, k", "batch", "bias", "A B", "A x B", "D", "calls", "ms",
-            "library", "GFLOP/s", "alone", "kernel");
+    fprintf(f, "%-22s %6s %6s  %-3s  %-14s %-6s %8s %10s %10s %9s %9s  %s\n", "m, n, k", "batch", "bias", "A B", "A x B", "D", "calls",
+            "ms", "library", "GFLOP/s", "alone", "kernel");
     for (const MatmulEntry* e : *mm->order) {
         const MatmulShape* s = &e->shape;
         const MatmulStatistics* x = &e->statistics;

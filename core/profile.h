@@ -93,7 +93,7 @@ struct MoveBytes {   // a row of floats, part of it for each kind of traffic
     }
 };
 
-// Times a pass that does nothing but move these bytes a step, the best of five, and prints it: what no kernel with this traffic can do without.
+// Times a pass that does nothing but move these bytes a step, the best of five, and prints it: no kernel with this traffic does without.
 // It takes 256 MiB, which no cache holds, or as much as the traffic has where that is less, and repeats them.
 static inline double profile_bytes_alone(FILE* f, const char* what, Traffic t, Stream stream) {
     constexpr int ROW = 8192;  // floats: 32 KiB
