@@ -266,6 +266,13 @@ template <class T, int N> DEVICE void store_raw(T* p, Range<N> c, Raw<T, N> r) {
     for (int k = 0; k < N; k++) { p[c.i + k] = r.e[k]; }
 #endif
 }
+// FP8 codes times 2^k as BF16, exact (see float8.cuh)
+template <class F, int N> DEVICE Raw<bf16, N> widen(Raw<F, N> x, int k) {
+    Raw<bf16, N> r;
+    UNROLL
+    for (int i = 0; i < N; i++) { r.e[i].bits = widen(x.e[i], k); }
+    return r;
+}
 // The elements c of row p as floats
 template <class T, int N> DEVICE Vec<N> load(const T* p, Range<N> c) {
     Raw<T, N> r = load_raw(p, c);

@@ -124,6 +124,31 @@ DEVICE float to_float(fp16 x) { return decode<LayoutFP16>(x.bits & 0x7fffu, (uin
 DEVICE float to_float(e4m3 x) { return decode<LayoutE4M3>(x.bits & 0x7fu, (uint32_t)x.bits >> 7, (x.bits & 0x7fu) == 0x7fu); }
 DEVICE float to_float(e5m2 x) { return decode<LayoutE5M2>(x.bits & 0x7fu, (uint32_t)x.bits >> 7, (x.bits & 0x7cu) == 0x7cu); }
 
+// ---- FP8 to BF16, times a power of two ----
+
+// Every FP8 value times 2^k is a BF16 value while it stays in range, so this is arithmetic on codes, in 16-bit lanes: twice as many at once as floats,
+// and several times faster than through them. `k` in [-WIDEN_RANGE, WIDEN_RANGE]; then no value leaves BF16's normal range.
+constexpr int WIDEN_RANGE = 100;
+
+DEVICE uint16_t widen(e4m3 x, int k) {
+    uint16_t u = x.bits & 0x7f, m = u & 7;
+    uint16_t normal = (uint16_t)((u << 4) + (120 << 7));                                // 127 - 7: from one bias to the other
+    uint16_t tiny = m >= 4 ? 0x3c00 + ((m - 4) << 5) : m >= 2 ? 0x3b80 + ((m - 2) << 6) : 0x3b00;  // m·2^-9, normalised
+    uint16_t v = (uint16_t)((u < 8 ? tiny : normal) + (k << 7));
+    v = u == 0 ? 0 : v;
+    v = u == 0x7f ? 0x7fff : v;
+    return (uint16_t)(v | ((uint16_t)(x.bits & 0x80) << 8));
+}
+DEVICE uint16_t widen(e5m2 x, int k) {
+    uint16_t u = x.bits & 0x7f;
+    uint16_t normal = (uint16_t)((u << 5) + (112 << 7));
+    uint16_t tiny = u >= 2 ? 0x3800 + ((u - 2) << 6) : 0x3780;                          // m·2^-16
+    uint16_t v = (uint16_t)((u < 4 ? tiny : normal) + (k << 7));
+    v = u == 0 ? 0 : v;
+    v = u >= 0x7c ? (u == 0x7c ? 0x7f80 : 0x7fff) : v;
+    return (uint16_t)(v | ((uint16_t)(x.bits & 0x80) << 8));
+}
+
 // x as the 16-bit (or 32-bit) source of every quantisation: what a tensor of type T would hold
 template <class T> DEVICE float round_to(float x) { T t; from_float(t, x); return to_float(t); }
 

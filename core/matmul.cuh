@@ -24,6 +24,7 @@
 #include <unordered_map>
 #include <vector>
 #include "device.cuh"
+#include <type_traits>
 
 // ---- the interface ----
 
@@ -279,7 +280,15 @@ template <class To, class From> struct ConvertRows {
         const From* xr = x + (int64_t)(row / rows) * x_batch_stride + (int64_t)(row % rows) * x_ld;
         float s = descale != NULL ? *descale : 1.0f;
         bool packs = (size_t)xr % (8 * sizeof(From) < 16 ? 8 * sizeof(From) : 16) == 0 && (size_t)yr % 16 == 0;
-        (packs ? team : team.unaligned()).each(cols, [=](auto c) { store(yr, c, load(xr, c) * s); });
+        Team t = packs ? team : team.unaligned();
+        if constexpr (std::is_same<To, bf16>::value && sizeof(From) == 1) {
+            int k = (int)(float_to_bits(s) >> 23) - 127;  // s = 2^k
+            if (k >= -WIDEN_RANGE && k <= WIDEN_RANGE) {
+                t.each(cols, [=](auto c) { store_raw(yr, c, widen(load_raw(xr, c), k)); });
+                return;
+            }
+        }
+        t.each(cols, [=](auto c) { store(yr, c, load(xr, c) * s); });
     }
 };
 

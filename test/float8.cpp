@@ -538,8 +538,29 @@ static void every_part_of_the_key_counts(void**) {
     assert_true(std::adjacent_find(drawn.begin(), drawn.end()) == drawn.end());
 }
 
+// Every code times every power of two that is allowed; fails on a wrong subnormal, exponent, sign or special
+template <class F> static void expect_widened(const char* name) {
+    for (int k = -WIDEN_RANGE; k <= WIDEN_RANGE; k++) {
+        for (int code = 0; code < 256; code++) {
+            F x;
+            bf16 y;
+            x.bits = (uint8_t)code;
+            y.bits = widen(x, k);
+            float want = to_float(x) * exp2_int(k), got = to_float(y);
+            if (!(want != want ? got != got : float_to_bits(got) == float_to_bits(want))) {
+                fail_msg("%s code %02x times 2^%d: %g, not %g", name, code, k, (double)got, (double)want);
+            }
+        }
+    }
+}
+static void widening_to_bf16_is_exact(void**) {
+    expect_widened<e4m3>("e4m3");
+    expect_widened<e5m2>("e5m2");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(widening_to_bf16_is_exact),
         cmocka_unit_test(every_code_decodes_to_its_definition),
         cmocka_unit_test(types_have_their_names_sizes_and_largest_values),
         cmocka_unit_test(e4m3_takes_the_nearest_value),
