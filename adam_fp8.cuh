@@ -15,6 +15,9 @@
 #include "core/profile.h"  // ProfileScope
 
 constexpr int PIECE = 4096;            // elements one Team updates, and of one partial sum of the norm
+// Elements of the piece that begins at `first`: the last one of a tensor may be short
+DEVICE int piece_length(size_t elements, size_t first) { return (int)min_of((size_t)PIECE, elements - first); }
+
 constexpr int OUTLIER_WINDOW = 128;    // steps, as in llm.c
 
 // ---- the decision ----
@@ -65,7 +68,7 @@ struct SquaredPieces {  // partial[i] = Σ g² over the i-th piece of a tensor
     size_t elements;
     template <class Team> DEVICE void operator()(Team team, int piece) const {
         size_t first = (size_t)piece * PIECE;
-        int n = (int)min_of((size_t)PIECE, elements - first);
+        int n = piece_length(elements, first);
         const float* g = grad + first;
         float sum = team.sum(n, [=](auto c) { auto x = load(g, c); return x * x; });
         if (team.leads()) { partial[piece] = sum; }
@@ -142,7 +145,7 @@ template <class W> struct AdamUpdate {  // one tensor; W: the type of the forwar
     template <class Team> DEVICE void operator()(Team team, int piece) const {
         if (!state->apply) { return; }
         size_t first = (size_t)piece * PIECE;
-        int n = (int)min_of((size_t)PIECE, elements - first);
+        int n = piece_length(elements, first);
         float* pw = master + first;
         float* pm = m + first;
         float* pv = v + first;
@@ -190,7 +193,7 @@ struct AmaxPieces {           // the amax of a tensor, where no update has taken
     size_t elements;
     template <class Team> DEVICE void operator()(Team team, int piece) const {
         size_t first = (size_t)piece * PIECE;
-        int n = (int)min_of((size_t)PIECE, elements - first);
+        int n = piece_length(elements, first);
         const float* p = master + first;
         uint32_t top = team.amax(n, [=](auto c) { return load(p, c); });
         if (team.leads()) { atomic_max(amax, top); }
@@ -206,7 +209,7 @@ template <class W> struct CastWeight {  // weight = W(master · scale)
     template <class Team> DEVICE void operator()(Team team, int piece) const {
         if (apply != NULL && *apply == 0) { return; }
         size_t first = (size_t)piece * PIECE;
-        int n = (int)min_of((size_t)PIECE, elements - first);
+        int n = piece_length(elements, first);
         W* out = weight + first;
         const float* in = master + first;
         float k = scale != NULL ? *scale : 1.0f;
@@ -312,4 +315,17 @@ static inline void optimizer_step(Optimizer* o, ParamTable* table, const float* 
             weight_from_master(o, p, &o->state->apply, s);
         }
     }
+}
+
+// What AdamW moves in a step: gradient, master and moments, and the weight of the forward pass; an FP8 weight's second pass reads the master again
+static inline Traffic optimizer_traffic(const ParamTable* table) {
+    Traffic t = {};
+    for (int i = 0; i < table->count; i++) {
+        double n = (double)param_elements(&table->items[i]);
+        DType weight = table->items[i].dtype;
+        t.updated += 12 * n;
+        t.read += (is_fp8(weight) ? 8 : 4) * n;
+        t.written += weight == FP32 ? 0.0 : (double)dtype_bytes(weight) * n;
+    }
+    return t;
 }

@@ -1366,19 +1366,6 @@ static void setup(Run* r, int argc, char** argv) {
     r->console = console_open(stdout, 100);
 }
 
-// What AdamW moves in a step: gradient, master and moments, and the weight of the forward pass; an FP8 weight's second pass reads the master again
-static Traffic optimizer_traffic(const ParamTable* table) {
-    Traffic t = {};
-    for (int i = 0; i < table->count; i++) {
-        double n = (double)param_elements(&table->items[i]);
-        DType weight = table->items[i].dtype;
-        t.updated += 12 * n;
-        t.read += (is_fp8(weight) ? 8 : 4) * n;
-        t.written += weight == FP32 ? 0.0 : (double)dtype_bytes(weight) * n;
-    }
-    return t;
-}
-
 static void train(Run* r) {
     const Args* a = &r->args;
     Model* m = &r->model;
