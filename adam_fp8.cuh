@@ -11,12 +11,9 @@
 //      where g is the gradient times the clip factor, and t counts the applied steps only. The same kernel writes the weight of the forward pass. An FP8
 //      weight takes its scale from this step's amax, so it is written in a second pass.
 #pragma once
+#include "core/gradient.cuh" // pieces, formats of gradients
 #include "core/params.h"   // Param, ParamTable
 #include "core/profile.h"  // ProfileScope
-
-constexpr int PIECE = 4096;            // elements one Team updates, and of one partial sum of the norm
-// Elements of the piece that begins at `first`: the last one of a tensor may be short
-DEVICE int piece_length(size_t elements, size_t first) { return (int)min_of((size_t)PIECE, elements - first); }
 
 constexpr int OUTLIER_WINDOW = 128;    // steps, as in llm.c
 
@@ -62,27 +59,49 @@ DEVICE double outlier_score(OutlierWindow* w, double value) {
     return deviation == 0.0 ? 0.0 : (value - mean) / deviation;
 }
 
-struct SquaredPieces {  // partial[i] = Σ g² over the i-th piece of a tensor
+template <class G> struct SquaredPieces {  // partial[piece] = Σ g² over a piece of a tensor, of the codes as they are; top_codes[piece]: those at the maximum
     float* partial;
-    const float* grad;
+    float* top_codes;
+    const G* grad;
     size_t elements;
     template <class Team> DEVICE void operator()(Team team, int piece) const {
         size_t first = (size_t)piece * PIECE;
-        int n = piece_length(elements, first);
-        const float* g = grad + first;
-        float sum = team.sum(n, [=](auto c) { auto x = load(g, c); return x * x; });
-        if (team.leads()) { partial[piece] = sum; }
+        const G* g = grad + first;
+        auto found = team.sum_pair(piece_length(elements, first), [=](auto c) { return square_and_top(load_raw(g, c)); });
+        if (!team.leads()) { return; }
+        partial[piece] = found.a.v[0];
+        top_codes[piece] = found.b.v[0];
+    }
+    template <int N> static DEVICE VecPair<N> square_and_top(Raw<G, N> r) {
+        VecPair<N> found;
+        UNROLL
+        for (int k = 0; k < N; k++) {
+            float x = to_float(r.e[k]);
+            found.a.v[k] = x * x;
+            found.b.v[k] = is_top_code(r.e[k]) ? 1.0f : 0.0f;
+        }
+        return found;
     }
 };
 
-struct AddPieces {      // sums[i] = Σ of the pieces of tensor i in float64
-    double* sums;
+struct AddPieces {      // squares[i] = Σ of the pieces of tensor i in float64, times descale²; tops[i] = Σ of its codes at the maximum
+    double* squares;
+    double* tops;
     const float* partial;
+    const float* top_codes;
     const int64_t* first;  // (tensors + 1)
+    const float* slots;    // (tensors, 4) of the gradients
     template <class Team> DEVICE void operator()(Team team, int i) const {
         const float* p = partial + first[i];
-        double sum = team.sum_double(first[i + 1] - first[i], [=](int64_t k) { return (double)p[k]; });
-        if (team.leads()) { sums[i] = sum; }
+        const float* t = top_codes + first[i];
+        int64_t n = first[i + 1] - first[i];
+        double sum = team.sum_double(n, [=](int64_t k) { return (double)p[k]; });
+        double top = team.sum_double(n, [=](int64_t k) { return (double)t[k]; });
+        double descale = (double)slots[4 * (size_t)i];
+        if (team.leads()) {
+            squares[i] = sum * (descale * descale);
+            tops[i] = top;
+        }
     }
 };
 
@@ -132,12 +151,13 @@ struct Decide {
 
 struct AdamRates { float lr, beta1, beta2, eps, decay; };
 
-template <class W> struct AdamUpdate {  // one tensor; W: the type of the forward pass's weight, or float where that is the master itself
+template <class W, class G> struct AdamUpdate {  // one tensor; W: the type of the forward pass's weight, or float where that is the master itself
     W* weight;                // NULL: FP8, written later from the master
     float* master;
     float* m;
     float* v;
-    const float* grad;
+    const G* grad;
+    const float* descale;     // of the gradient
     uint32_t* amax;           // of the new master; NULL: not wanted
     const OptimizerState* state;
     AdamRates rates;
@@ -149,10 +169,10 @@ template <class W> struct AdamUpdate {  // one tensor; W: the type of the forwar
         float* pw = master + first;
         float* pm = m + first;
         float* pv = v + first;
-        const float* pg = grad + first;
+        const G* pg = grad + first;
         W* out = weight == NULL ? NULL : weight + first;
         AdamRates a = rates;
-        float factor = state->grad_factor, c1 = state->correction1, c2 = state->correction2;
+        float factor = state->grad_factor * *descale, c1 = state->correction1, c2 = state->correction2;
         auto update = [=](auto c) {
             auto g = load(pg, c) * factor;
             auto m1 = load(pm, c) * a.beta1 + g * (1.0f - a.beta1);
@@ -187,19 +207,6 @@ struct WeightSlot {           // an FP8 weight's scale, from its amax; the amax 
     }
 };
 
-struct AmaxPieces {           // the amax of a tensor, where no update has taken it
-    uint32_t* amax;
-    const float* master;
-    size_t elements;
-    template <class Team> DEVICE void operator()(Team team, int piece) const {
-        size_t first = (size_t)piece * PIECE;
-        int n = piece_length(elements, first);
-        const float* p = master + first;
-        uint32_t top = team.amax(n, [=](auto c) { return load(p, c); });
-        if (team.leads()) { atomic_max(amax, top); }
-    }
-};
-
 template <class W> struct CastWeight {  // weight = W(master · scale)
     W* weight;
     const float* master;
@@ -222,13 +229,13 @@ struct Optimizer {
     float* master;            // (elements) flat; for FP32 weights this is the weight itself
     float* m;
     float* v;
-    float* partial;           // (pieces of all tensors)
-    double* sums;             // (tensors)
+    float* partial;           // (pieces of all tensors) squares
+    float* partial_tops;      // (pieces of all tensors) codes at the maximum
+    double* squares;          // (tensors)
+    double* tops;             // (tensors)
     int64_t* first_piece;     // (tensors + 1)
     uint32_t* weight_amax;    // (1)
 };
-
-static inline int pieces_of(size_t elements) { return (int)ceil_div(elements, (size_t)PIECE); }
 
 // `weights_are_masters`: in fp32 the flat weights serve as masters too
 static inline void optimizer_allocate(Optimizer* o, const ParamTable* table, bool weights_are_masters, Memory* memory) {
@@ -239,7 +246,9 @@ static inline void optimizer_allocate(Optimizer* o, const ParamTable* table, boo
     o->m = memory_take<float>(memory, OPTIMIZER, table->elements);
     o->v = memory_take<float>(memory, OPTIMIZER, table->elements);
     o->partial = memory_take<float>(memory, OPTIMIZER, (size_t)pieces);
-    o->sums = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
+    o->partial_tops = memory_take<float>(memory, OPTIMIZER, (size_t)pieces);
+    o->squares = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
+    o->tops = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
     o->first_piece = memory_take<int64_t>(memory, OPTIMIZER, (size_t)table->count + 1);
     o->weight_amax = memory_take<uint32_t>(memory, OPTIMIZER, 1);
 }
@@ -277,26 +286,31 @@ static inline void optimizer_cast_weights(Optimizer* o, ParamTable* table, Strea
     for (int i = 0; i < table->count; i++) {
         Param* p = &table->items[i];
         size_t n = param_elements(p);
-        if (is_fp8(p->dtype)) { run_rows(AmaxPieces{o->weight_amax, o->master + p->offset, n}, pieces_of(n), s); }
+        if (is_fp8(p->dtype)) { run_rows(AmaxPieces<float>{o->weight_amax, o->master + p->offset, n}, pieces_of(n), s); }
         weight_from_master(o, p, NULL, s);
     }
 }
 
-// One step from the summed gradients (flat) and the mean loss of the global batch: norm, decision, update. No host synchronisation.
-static inline void optimizer_step(Optimizer* o, ParamTable* table, const float* grads, const float* loss, DecisionRules rules, AdamRates rates,
-                                  float weight_decay, Stream s) {
-    {
-        ProfileScope scope("gradient norm");
-        int64_t piece = 0;
-        for (int i = 0; i < table->count; i++) {
-            const Param* p = &table->items[i];
-            int pieces = pieces_of(param_elements(p));
-            run_rows(SquaredPieces{o->partial + piece, grads + p->offset, param_elements(p)}, pieces, s);
-            piece += pieces;
-        }
-        run_rows(AddPieces{o->sums, o->partial, o->first_piece}, table->count, s);
-        run_rows(Decide{o->state, o->sums, loss, table->count, rules}, 1, s);
+// One step from the reduced gradients of all parameters and the mean loss of the global batch, in two halves. No host synchronisation.
+// First: norm and decision. `slots`: (params, 4) of the gradients.
+static inline void optimizer_decide(Optimizer* o, const ParamTable* table, const float* slots, const float* loss, DecisionRules rules, Stream s) {
+    ProfileScope scope("gradient norm");
+    int64_t piece = 0;
+    for (int i = 0; i < table->count; i++) {
+        const Param* p = &table->items[i];
+        size_t n = param_elements(p);
+        with_gradient_type(p->grad_dtype, [&](auto g) {
+            typedef typename decltype(g)::type G;
+            run_rows(SquaredPieces<G>{o->partial + piece, o->partial_tops + piece, (const G*)p->grad, n}, pieces_of(n), s);
+        });
+        piece += pieces_of(n);
     }
+    run_rows(AddPieces{o->squares, o->tops, o->partial, o->partial_tops, o->first_piece, slots}, table->count, s);
+    run_rows(Decide{o->state, o->squares, loss, table->count, rules}, 1, s);
+}
+
+// Second: the update.
+static inline void optimizer_update(Optimizer* o, ParamTable* table, AdamRates rates, float weight_decay, Stream s) {
     ProfileScope scope("adamw");
     for (int i = 0; i < table->count; i++) {
         Param* p = &table->items[i];
@@ -305,15 +319,18 @@ static inline void optimizer_step(Optimizer* o, ParamTable* table, const float* 
         float* master = o->master + p->offset;
         float* m = o->m + p->offset;
         float* v = o->v + p->offset;
-        const float* g = grads + p->offset;
-        if (p->dtype == BF16) {
-            run_rows(AdamUpdate<bf16>{(bf16*)p->weight, master, m, v, g, NULL, o->state, rates, n}, pieces_of(n), s);
-        } else if (p->dtype == FP32) {
-            run_rows(AdamUpdate<float>{NULL, master, m, v, g, NULL, o->state, rates, n}, pieces_of(n), s);
-        } else {
-            run_rows(AdamUpdate<float>{NULL, master, m, v, g, o->weight_amax, o->state, rates, n}, pieces_of(n), s);
-            weight_from_master(o, p, &o->state->apply, s);
-        }
+        const float* descale = p->grad_slot;
+        with_gradient_type(p->grad_dtype, [&](auto tag) {
+            typedef typename decltype(tag)::type G;
+            const G* g = (const G*)p->grad;
+            if (p->dtype == BF16) {
+                run_rows(AdamUpdate<bf16, G>{(bf16*)p->weight, master, m, v, g, descale, NULL, o->state, rates, n}, pieces_of(n), s);
+            } else {
+                uint32_t* amax = is_fp8(p->dtype) ? o->weight_amax : NULL;
+                run_rows(AdamUpdate<float, G>{NULL, master, m, v, g, descale, amax, o->state, rates, n}, pieces_of(n), s);
+            }
+        });
+        if (is_fp8(p->dtype)) { weight_from_master(o, p, &o->state->apply, s); }
     }
 }
 
@@ -324,7 +341,7 @@ static inline Traffic optimizer_traffic(const ParamTable* table) {
         double n = (double)param_elements(&table->items[i]);
         DType weight = table->items[i].dtype;
         t.updated += 12 * n;
-        t.read += (is_fp8(weight) ? 8 : 4) * n;
+        t.read += ((double)dtype_bytes(table->items[i].grad_dtype) + (is_fp8(weight) ? 4 : 0)) * n;
         t.written += weight == FP32 ? 0.0 : (double)dtype_bytes(weight) * n;
     }
     return t;

@@ -10,7 +10,7 @@
 // `delayed` scaling the slot is filled from the site's history and the codes are made at once. A site is one place in the model where a tensor is
 // quantised; its amaxes over the micro-batches of a step are collected in one number, exchanged between ranks once a step, and kept for 16 steps.
 #pragma once
-#include "core/device.cuh"   // Team, load, store, run_rows
+#include "core/gradient.cuh" // formats of gradients, slots; Team, load, store, run_rows
 #include "core/profile.h"    // ProfileScope
 #include <type_traits>
 
@@ -26,8 +26,6 @@ struct Tensor {
 };
 
 // ---- types chosen at run time ----
-
-template <class T> struct Tag { typedef T type; };
 
 // f(Tag<T>, Tag<D>) for the activations' type T and an output type D: T itself, or FP8 beside BF16 activations
 template <class F> static inline void with_types(DType t, DType d, F f) {
@@ -224,14 +222,6 @@ struct UpdateSites {  // after a step: history, then the next scale. A skipped s
         float scale = scale_from_amax(bits_to_float(top), sites.largest[i], 0, slot[1]);
         slot[0] = 1.0f / scale;
         slot[1] = scale;
-    }
-};
-
-struct ResetSlots {  // scale 1
-    float* slots;
-    template <class Team> DEVICE void operator()(Team team, int i) const {
-        if (!team.leads()) { return; }
-        for (int k = 0; k < 4; k++) { slots[(size_t)i * 4 + k] = k < 2 ? 1.0f : 0.0f; }
     }
 };
 
@@ -450,34 +440,45 @@ struct TokenGroups {
     int groups;
 };
 
-template <class T> struct EmbeddingBackward {  // dwte[token] += Σ dx[positions of the token]
-    float* dwte;         // (V, C)
+template <class T, class A, Rounding R> struct EmbeddingBackward {  // dwte[token] += Σ dx[positions of the token], in FP32, rounded once
+    A* dwte;             // (V, C)
     const T* dx;         // (rows, C)
     TokenGroups g;
+    RandomKey key;       // of this addition
     int C;
     template <class Team> DEVICE void operator()(Team team, int group) const {
-        float* d = dwte + (size_t)g.token[group] * C;
-        int n = C;
-        for (int k = g.first[group]; k < g.first[group + 1]; k++) {
-            const T* r = dx + (size_t)g.order[k] * n;
-            team.each(n, [=](auto c) { store(d, c, load(d, c) + load(r, c)); });
-        }
+        size_t first = (size_t)g.token[group] * C;
+        A* d = dwte + first;
+        const T* x = dx;
+        const int* order = g.order;
+        int n = C, k0 = g.first[group], k1 = g.first[group + 1];
+        RandomKey k = key;
+        team.each(n, [=](auto c) {
+            auto total = load(d, c);
+            for (int i = k0; i < k1; i++) { total = total + load(x + (size_t)order[i] * n, c); }
+            store_rounded<R>(d, c, total, k, first);
+        });
     }
 };
 
-template <class T> struct PositionBackward {  // dwpe[t] [+]= Σ over sequences of dx[b, t]
-    float* dwpe;         // (maxT, C)
+template <class T, class A, Rounding R> struct PositionBackward {  // dwpe[t] [+]= Σ over sequences of dx[b, t], in FP32, rounded once
+    A* dwpe;             // (maxT, C)
     const T* dx;         // (B, T, C)
+    RandomKey key;
     int B, T_, C;
     bool accumulate;
     template <class Team> DEVICE void operator()(Team team, int t) const {
-        float* d = dwpe + (size_t)t * C;
-        int n = C;
-        for (int b = 0; b < B; b++) {
-            const T* r = dx + ((size_t)b * T_ + t) * n;
-            bool add = accumulate || b > 0;
-            team.each(n, [=](auto c) { store(d, c, add ? load(d, c) + load(r, c) : load(r, c)); });
-        }
+        size_t first = (size_t)t * C, stride = (size_t)T_ * C;
+        A* d = dwpe + first;
+        const T* x = dx + first;
+        int n = C, sequences = B;
+        bool add = accumulate;
+        RandomKey k = key;
+        team.each(n, [=](auto c) {
+            auto total = add ? load(d, c) : splat(c, 0.0f);
+            for (int b = 0; b < sequences; b++) { total = total + load(x + (size_t)b * stride, c); }
+            store_rounded<R>(d, c, total, k, first);
+        });
     }
 };
 

@@ -26,10 +26,13 @@
 
 // ---- settings ----
 
-enum Recipe { RECIPE_FP8, RECIPE_BF16, RECIPE_FP32 };
+enum Recipe { RECIPE_FP8, RECIPE_FP8_LM, RECIPE_BF16, RECIPE_FP32 };
 enum Schedule { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_CONSTANT, SCHEDULE_WSD };
 enum Position { POSITION_ROPE, POSITION_LEARNED };
 enum FP8Format { FORMAT_E4M3, FORMAT_E5M2 };
+enum GradFormat { GRAD_FP32, GRAD_BF16, GRAD_E4M3, GRAD_E5M2 };
+
+static const DType grad_formats[] = {FP32, BF16, E4M3, E5M2};  // by GradFormat
 
 struct Bf16Layers { int first, last; };  // layers left in BF16 at each end
 
@@ -52,10 +55,14 @@ struct Args {
     FP8Scaling fp8_scaling = SCALING_DELAYED;
     FP8Format fp8_fwd = FORMAT_E4M3, fp8_bwd = FORMAT_E5M2;
     Bf16Layers bf16_layers = {0, 0};
+    GradFormat grad_dtype = GRAD_E4M3, grad_accum_dtype = GRAD_BF16;
+    GradScaling grad_scaling = SCALING_AUTO;
+    GradReduce grad_reduce = REDUCE_DIRECT;
+    Rounding grad_accum_rounding = STOCHASTIC;
     int64_t recompute = 1;
     int64_t val_every = 250, val_batches = 20, sample_every = 0, sample_len = 64;
     int64_t seed = 1337;
-    bool staged = false, profile = false;
+    bool staged = false, profile = false, log_tensors = false;
 };
 
 // "first:1,last:2"
@@ -148,11 +155,16 @@ static void option_table(OptionTable* t, Args* a) {
         option_double("skip-loss-z", "sl", &a->skip_loss_z, 0.0, 1e9, "F", "skip a step whose loss is more than F deviations above the last 128; 0: never"),
         option_double("skip-grad-z", "sg", &a->skip_grad_z, 0.0, 1e9, "F", "the same for the gradient norm"),
         option_group("Precision and memory"),
-        option_choice("recipe", NULL, &a->recipe, "fp8|bf16|fp32", "R", "fp8: linear layers in FP8; fp32: for tests"),
+        option_choice("recipe", NULL, &a->recipe, "fp8|fp8-lm|bf16|fp32", "R", "fp8: linear layers and gradients in FP8; fp8-lm: the same, gradients as in the paper; fp32: for tests"),
         option_choice("fp8-scaling", NULL, &a->fp8_scaling, "delayed|current", "S", "scales of X and dY: from the amaxes of the last 16 steps, or of the tensor itself"),
         option_choice("fp8-fwd", NULL, &a->fp8_fwd, "e4m3|e5m2", "F", "format of X"),
         option_choice("fp8-bwd", NULL, &a->fp8_bwd, "e4m3|e5m2", "F", "format of dY"),
         option_custom("bf16-layers", NULL, &a->bf16_layers, parse_bf16_layers, print_bf16_layers, "first:N,last:M", "layers left in BF16 under recipe fp8"),
+        option_choice("grad-dtype", NULL, &a->grad_dtype, "fp32|bf16|e4m3=fp8|e5m2", "F", "weight gradients on the wire; vectors travel in FP32", "by --recipe"),
+        option_choice("grad-reduce", NULL, &a->grad_reduce, "ring|direct", "A", "ring: adds codes, rounded at every hop; direct: the owner of a part adds all ranks' in FP32", "by --recipe"),
+        option_choice("grad-scaling", NULL, &a->grad_scaling, "pre|post|sqrt|auto", "S", "headroom of an FP8 ring: 1/ranks, 1, 1/sqrt(ranks), or as the paper adapts it", "auto"),
+        option_choice("grad-accum-dtype", NULL, &a->grad_accum_dtype, "fp32|bf16|e4m3", "F", "weight gradients while micro-batches are added up", "by --recipe"),
+        option_choice("grad-accum-rounding", NULL, &a->grad_accum_rounding, "nearest|stochastic", "R", "of accumulators below FP32", "stochastic; nearest for e4m3"),
         option_int("recompute", "r", &a->recompute, 0, 2, "N", "in backward again instead of kept: 0 nothing, 1 GELU, 2 GELU and LayerNorm"),
         option_group("Output"),
         option_string("output-dir", "o", &a->output_dir, 1, "DIR", "folder of log.jsonl"),
@@ -160,6 +172,7 @@ static void option_table(OptionTable* t, Args* a) {
         option_int("val-batches", "m", &a->val_batches, 0, (int64_t)1 << 40, "N", "micro-batches a rank in a validation, at most one pass; 0: never"),
         option_int("sample-every", "s", &a->sample_every, 0, (int64_t)1 << 40, "N", "steps between samples of generated text (temperature 0.8); 0: never"),
         option_int("sample-len", "g", &a->sample_len, 1, 1 << 20, "N", "tokens of a sample"),
+        option_flag("log-tensors", NULL, &a->log_tensors, "log what FP8 did to each tensor's gradient: underflow, saturation, headroom"),
         option_flag("profile", NULL, &a->profile, "print time by operation at the end"),
         option_group("Run"),
         option_int("seed", NULL, &a->seed, 0, INT64_MAX, "N", "of initial weights, data order and samples"),
@@ -211,6 +224,10 @@ struct GptConfig {
     Bf16Layers bf16_layers;
     FP8Scaling scaling;
     DType fp8_fwd, fp8_bwd;   // of X and of dY
+    DType accum, wire;        // gradients of matrices: while micro-batches are added up; between ranks
+    Rounding accum_rounding;
+    bool embeddings_as_matrices;  // their gradients: else in FP32
+    ReductionConfig reduction;
     uint64_t seed;
 };
 
@@ -245,9 +262,8 @@ struct Model {
     ParamTable params;
     Param *wte, *wpe, *lnfw, *lnfb, *head;  // wpe NULL with RoPE; head is wte when tied
     Layer* layers;
-    float* grads;                // (elements) flat
-    Bucket* buckets;             // of the gradients: before the layers, each layer, after them
-    int bucket_count;
+    Reduction reduction;         // the gradients
+    int64_t micro_steps;         // this rank's so far
     Optimizer optimizer;
     Sites sites;
     int steps_recorded;          // of amaxes: below AMAX_WINDOW the scales are made just in time
@@ -261,6 +277,8 @@ struct Model {
     void* wide;                  // (B, T, 4C) gradients inside a block; a tensor before its just-in-time scale is known
     Tensor dy;                   // (B, T, 4C) FP8 output gradient
     float* partial;              // sums by column and strip
+    float* dw;                   // (dw_elements) a weight gradient of one micro-batch, or some of its rows, before it is added to its accumulator
+    size_t dw_elements;
     void* logits;                // (head_rows, padded_vocab)
     int head_rows;               // rows of logits at a time
     float* losses;               // (B, T)
@@ -273,10 +291,12 @@ struct Model {
     Matmul matmul;
     Stream stream;
     StepRecord* record;          // pinned: arrives with record_ready
+    TensorStatistics* statistics;  // (params) pinned: likewise
     Event record_ready;
 };
 
 constexpr size_t LOGITS_BYTES = (size_t)128 << 20;  // at most, of logits at a time
+constexpr size_t HEAD_GRADIENT_BYTES = (size_t)32 << 20;  // about, of the head's FP32 gradient at a time, where it is added to a narrower one
 
 static int rows_of(const Model* m) { return m->config.B * m->config.T; }
 
@@ -330,17 +350,16 @@ static void build_params(Model* m) {
     }
 }
 
-// A bucket of the gradient reduction for each layer, and for what lies before and after them
-static void build_buckets(Model* m) {
-    int n = 0;
+// How each gradient is added up and how it travels. Vectors are too few for FP8 to matter, and their precision does.
+static void set_gradient_formats(Model* m) {
+    const GptConfig* c = &m->config;
     for (int i = 0; i < m->params.count; i++) {
-        const Param* p = &m->params.items[i];
-        size_t end = i + 1 < m->params.count ? m->params.items[i + 1].offset : m->params.elements;
-        if (i == 0 || p->layer != m->params.items[i - 1].layer) { m->buckets[n++] = Bucket{p->offset, 0, p->name}; }
-        m->buckets[n - 1].count = end - m->buckets[n - 1].first;
+        Param* p = &m->params.items[i];
+        bool as_matrix = p->format_class == MATRIX || (p->format_class == EMBEDDING && c->embeddings_as_matrices);
+        p->accum = as_matrix ? c->accum : FP32;
+        p->wire = as_matrix ? c->wire : FP32;
+        if (p->format_class == EMBEDDING && p->accum == E4M3) { p->accum = BF16; }  // rows are added one by one: no scale for the whole is known
     }
-    m->bucket_count = n;
-    check_buckets(m->buckets, n, m->params.elements);
 }
 
 // ---- linear layers ----
@@ -378,15 +397,16 @@ static MatmulCall linear_input_call(const Model* m, void* dx, Tensor dy, const P
     c.batch = 1;
     return c;
 }
-// dw (N, K) [+]= dyᵀ · x
-static MatmulCall linear_weight_call(float* dw, Tensor dy, Tensor x, const Param* w, int rows, bool accumulate) {
+// rows `first` … first+n-1 of dw (N, K) [+]= dyᵀ · x
+static MatmulCall linear_weight_call(float* dw, Tensor dy, Tensor x, const Param* w, int first, int n, int rows, bool accumulate) {
     MatmulCall c = {};
+    dy.data = advance(dy.data, dy.dtype, (size_t)first);
     c.d = dw;
     c.d_dtype = FP32;
     c.d_ld = w->cols;
     c.a = operand(dy, w->rows, true);
     c.b = operand(x, w->cols, false);
-    c.m = (int)w->rows;
+    c.m = n;
     c.n = (int)w->cols;
     c.k = rows;
     c.batch = 1;
@@ -394,7 +414,41 @@ static MatmulCall linear_weight_call(float* dw, Tensor dy, Tensor x, const Param
     return c;
 }
 
-static float* grad_of(const Model* m, const Param* p) { return m->grads + p->offset; }
+// The FP32 accumulator of a vector's gradient
+static float* vector_gradient(const Param* p) { return (float*)p->accumulator; }
+
+// The random bits of one addition to a gradient. `event`: which of those to this parameter in this micro-batch
+static RandomKey gradient_key(const Model* m, const Param* p, int event) {
+    const Group* g = m->reduction.group;
+    uint64_t micro_batch = (uint64_t)m->micro_steps * (uint64_t)g->size + (uint64_t)g->rank, param = (uint64_t)(p - m->params.items);
+    return random_key(m->config.seed ^ 0x6772616469656e74ull, micro_batch, param << 32 | (uint64_t)event);
+}
+constexpr int EMBEDDING_EVENT = 1 << 30;  // after the head's, which number its chunks
+
+// How many rows of w's gradient are made at a time: all, but of a head whose FP32 gradient would be large
+static int gradient_rows(const Model* m, const Param* w) {
+    if (w->accum == FP32 || param_elements(w) <= m->dw_elements) { return (int)w->rows; }
+    return (int)max_of((int64_t)m->dw_elements / w->cols / 16 * 16, (int64_t)16);
+}
+
+// The gradient of w (N, K) [+]= dyᵀ · x: by the matmul itself in FP32, else through m->dw
+static void weight_gradient(Model* m, const Param* w, Tensor dy, Tensor x, int rows, bool accumulate, int event) {
+    if (w->accum == FP32) {
+        MatmulCall c = linear_weight_call((float*)w->accumulator, dy, x, w, 0, (int)w->rows, rows, accumulate);
+        matmul(&m->matmul, &c, m->stream);
+        return;
+    }
+    int step = gradient_rows(m, w);
+    for (int first = 0; first < w->rows; first += step) {
+        int n = min_of(step, (int)w->rows - first);
+        MatmulCall c = linear_weight_call(m->dw, dy, x, w, first, n, rows, false);
+        matmul(&m->matmul, &c, m->stream);
+        ProfileScope scope("gradient accumulation");
+        uint64_t at = (uint64_t)first * (uint64_t)w->cols;
+        add_gradient(w->accum, advance(w->accumulator, w->accum, at), m->dw, w->accum_slot, m->reduction.amax + (w - m->params.items),
+                     m->config.accum_rounding, gradient_key(m, w, event), at, (size_t)n * (size_t)w->cols, accumulate, m->stream);
+    }
+}
 
 static void linear_forward(Model* m, void* y, Tensor x, const Param* w, const Param* b, int rows) {
     ProfileScope scope("matmul forward");
@@ -403,9 +457,10 @@ static void linear_forward(Model* m, void* y, Tensor x, const Param* w, const Pa
 }
 static void linear_backward(Model* m, void* dx, Tensor dy, Tensor x, const Param* w, int rows, bool accumulate) {
     ProfileScope scope("matmul backward");
-    MatmulCall input = linear_input_call(m, dx, dy, w, rows), weight = linear_weight_call(grad_of(m, w), dy, x, w, rows, accumulate);
+    MatmulCall input = linear_input_call(m, dx, dy, w, rows);
     matmul(&m->matmul, &input, m->stream);
-    matmul(&m->matmul, &weight, m->stream);
+    weight_gradient(m, w, dy, x, rows, accumulate, 0);
+    reduction_poll(&m->reduction);  // on a CPU nobody else makes the exchanges go on
 }
 
 // The workspace of every matmul that a run makes: training on (B, T), sampling on (1, T)
@@ -413,6 +468,12 @@ static void plan_matmuls(Model* m) {
     const GptConfig* c = &m->config;
     int rows = rows_of(m);
     auto plan = [&](MatmulCall call) { matmul_plan(&m->matmul, &call); };
+    auto plan_weight_gradient = [&](const Param* w, Tensor dy, Tensor x, int n) {
+        int step = gradient_rows(m, w);
+        plan(linear_weight_call(NULL, dy, x, w, 0, step, n, false));
+        plan(linear_weight_call(NULL, dy, x, w, 0, ((int)w->rows - 1) % step + 1, n, false));
+        if (w->accum == FP32) { plan(linear_weight_call(NULL, dy, x, w, 0, step, n, true)); }
+    };
     for (int l = 0; l < c->layers; l++) {
         const Layer* y = &m->layers[l];
         if (l > 0 && l < c->layers - 1 && y->fp8 == m->layers[l - 1].fp8) { continue; }  // its shapes and types are the last layer's
@@ -423,8 +484,7 @@ static void plan_matmuls(Model* m) {
             plan(linear_call(m, NULL, x, weights[i], biases[i], rows));
             plan(linear_call(m, NULL, x, weights[i], biases[i], c->T));
             plan(linear_input_call(m, NULL, dy, weights[i], rows));
-            plan(linear_weight_call(NULL, dy, x, weights[i], rows, false));
-            plan(linear_weight_call(NULL, dy, x, weights[i], rows, true));
+            plan_weight_gradient(weights[i], dy, x, rows);
         }
     }
     Tensor act = {NULL, c->act, NULL};
@@ -432,8 +492,7 @@ static void plan_matmuls(Model* m) {
     for (int n : heads) {
         plan(linear_call(m, NULL, act, m->head, NULL, n));
         plan(linear_input_call(m, NULL, act, m->head, n));
-        plan(linear_weight_call(NULL, act, act, m->head, n, false));
-        plan(linear_weight_call(NULL, act, act, m->head, n, true));
+        plan_weight_gradient(m->head, act, act, n);
     }
     attention_plan(&m->attention, &m->matmul, true);
 }
@@ -462,7 +521,7 @@ static void model_allocate(Model* m, Group* group, Memory* memory) {
         p->weight = memory_take(memory, WEIGHTS, param_elements(p), (size_t)dtype_bytes(p->dtype));
         p->slot = is_fp8(p->dtype) && memory->committed ? slot + 4 * i : NULL;
     }
-    m->grads = memory_take<float>(memory, GRADIENTS, m->params.elements);
+    reduction_allocate(&m->reduction, memory);
     optimizer_allocate(&m->optimizer, &m->params, fp32, memory);
     // scaling state
     m->sites.count = c->fp8 ? c->layers * SITES_PER_LAYER : 0;
@@ -508,6 +567,15 @@ static void model_allocate(Model* m, Group* group, Memory* memory) {
     m->wide = memory_take(memory, WORKSPACE, rows * 4 * C, act);
     m->dy = take_tensor(memory, WORKSPACE, c->fp8 ? c->fp8_bwd : c->act, c->fp8 ? rows * 4 * C : 0, &slots);
     m->partial = memory_take<float>(memory, WORKSPACE, (size_t)strips_of((int)rows) * 4 * C);
+    m->dw_elements = 0;
+    for (int i = 0; i < m->params.count; i++) {
+        const Param* p = &m->params.items[i];
+        bool by_matmul = p->format_class == MATRIX || p == m->head;
+        if (p->accum == FP32 || !by_matmul) { continue; }
+        size_t all = param_elements(p), some = max_of(HEAD_GRADIENT_BYTES / sizeof(float), 16 * C);
+        m->dw_elements = max_of(m->dw_elements, p->format_class == MATRIX ? all : min_of(all, some));
+    }
+    m->dw = memory_take<float>(memory, WORKSPACE, m->dw_elements);
     size_t most = max_of(LOGITS_BYTES / ((size_t)c->padded_vocab * act), (size_t)1), chunks = ceil_div(rows, most);
     m->head_rows = (int)min_of(round_up(ceil_div(rows, chunks), (size_t)16), rows);
     m->logits = memory_take(memory, WORKSPACE, (size_t)m->head_rows * c->padded_vocab, act);
@@ -538,12 +606,13 @@ static void model_plan(Model* m, const GptConfig* config, Group* group, Memory* 
     *m = Model{};
     m->config = *config;
     m->layers = (Layer*)host_alloc((size_t)config->layers * sizeof(Layer));
-    m->buckets = (Bucket*)host_alloc((size_t)(config->layers + 2) * sizeof(Bucket));
     for (int l = 0; l < config->layers; l++) { m->layers[l] = Layer{}; }
     build_params(m);
-    build_buckets(m);
+    set_gradient_formats(m);
+    reduction_plan(&m->reduction, group, &m->params, config->reduction);
     m->stream = stream_create();
     m->record = (StepRecord*)pinned_alloc(sizeof(StepRecord));
+    m->statistics = (TensorStatistics*)pinned_alloc((size_t)m->params.count * sizeof(TensorStatistics));
     m->record_ready = event_create();
     matmul_create(&m->matmul);
     model_allocate(m, group, memory);
@@ -556,7 +625,7 @@ static void model_commit(Model* m, Group* group, Memory* memory) {
     model_allocate(m, group, memory);
     memory_check(memory);
     optimizer_reset(&m->optimizer, &m->params, m->stream);
-    device_zero(m->grads, m->params.elements * sizeof(float), m->stream);
+    reduction_start_up(&m->reduction);
     for (int i = 0; i < m->params.count; i++) {
         if (m->params.items[i].slot != NULL) { run_rows(ResetSlots{m->params.items[i].slot}, 1, m->stream); }
     }
@@ -591,13 +660,14 @@ static void model_commit(Model* m, Group* group, Memory* memory) {
 
 static void model_free(Model* m, Memory* memory) {
     stream_sync(m->stream);
+    reduction_free(&m->reduction);
     matmul_destroy(&m->matmul);
     stream_destroy(m->stream);
     pinned_free(m->record);
+    pinned_free(m->statistics);
     event_destroy(m->record_ready);
     memory_release(memory);
     free(m->layers);
-    free(m->buckets);
     *m = Model{};
 }
 
@@ -703,15 +773,13 @@ static void forward(Model* m, int B, Purpose purpose) {
                       NULL, rows, C, s);
 }
 
-static void* advance(void* p, DType t, size_t elements) { return (char*)p + elements * (size_t)dtype_bytes(t); }
-
 // Logits and loss of m->narrow (B, T, C) against m->targets, chunk by chunk; adds to m->loss_total. `backward`: also the gradient of m->narrow into
 // m->delta and of the head's weight, each row weighing `weight` in the mean.
 static void head_loss(Model* m, int B, bool backward, float weight, bool accumulate) {
     ProfileScope scope("head and loss");
     const GptConfig* c = &m->config;
     int rows = B * c->T;
-    for (int first = 0; first < rows; first += m->head_rows) {
+    for (int first = 0, chunk = 0; first < rows; first += m->head_rows, chunk++) {
         int n = min_of(m->head_rows, rows - first);
         size_t at = (size_t)first * (size_t)c->width;
         Tensor x = {advance(m->narrow, c->act, at), c->act, NULL}, z = {m->logits, c->act, NULL};
@@ -723,9 +791,8 @@ static void head_loss(Model* m, int B, bool backward, float weight, bool accumul
         });
         if (!backward) { continue; }
         MatmulCall dx = linear_input_call(m, advance(m->delta, c->act, at), z, m->head, n);
-        MatmulCall dw = linear_weight_call(grad_of(m, m->head), z, x, m->head, n, accumulate || first > 0);
         matmul(&m->matmul, &dx, m->stream);
-        matmul(&m->matmul, &dw, m->stream);
+        weight_gradient(m, m->head, z, x, n, accumulate || first > 0, chunk);
     }
     run_rows(AddLosses{m->loss_total, m->losses, rows}, 1, m->stream);
 }
@@ -736,20 +803,22 @@ static void head_loss(Model* m, int B, bool backward, float weight, bool accumul
 static Tensor output_gradient(Model* m, int l, Site site, void* x, const Param* bias, int rows, bool accumulate) {
     int C = (int)bias->cols;
     Tensor dy = matmul_input(m, m->dy, m->partial, x, site_of(m, l, site, TRAIN), rows, C, m->layers[l].fp8);
-    finish_columns(grad_of(m, bias), m->partial, strips_of(rows), C, accumulate, m->stream);
+    finish_columns(vector_gradient(bias), m->partial, strips_of(rows), C, accumulate, m->stream);
     return dy;
 }
 
 static void layernorm_backward_of(Model* m, const Param* gain, const Param* bias, const void* dy, LayerNormInputs in, int rows, bool first_use, bool accumulate) {
-    layernorm_backward(m->dresidual, grad_of(m, gain), grad_of(m, bias), m->partial, dy, in, m->config.act, !first_use, accumulate, rows, m->config.width,
+    layernorm_backward(m->dresidual, vector_gradient(gain), vector_gradient(bias), m->partial, dy, in, m->config.act, !first_use, accumulate, rows, m->config.width,
                        m->stream);
 }
 
-// Gradients of all parameters from m->delta, the gradient of the final LayerNorm's output. `accumulate`: not the first micro-batch of the step.
-static void backward(Model* m, int B, bool accumulate) {
+// Gradients of all parameters from m->delta, the gradient of the final LayerNorm's output. `accumulate`: not the first micro-batch of the step. `last`:
+// the last one: gradients that are complete start on their way between the ranks.
+static void backward(Model* m, int B, bool accumulate, bool last) {
     const GptConfig* c = &m->config;
     int C = c->width, rows = B * c->T;
     Stream s = m->stream;
+    if (last) { reduction_start(&m->reduction, c->layers, s); }
     layernorm_backward_of(m, m->lnfw, m->lnfb, m->delta, LayerNormInputs{NULL, m->residual_final, NULL, m->lnfw->weight, NULL, m->meanf, m->rstdf}, rows,
                           true, accumulate);
     for (int l = c->layers - 1; l >= 0; l--) {
@@ -765,7 +834,7 @@ static void backward(Model* m, int B, bool accumulate) {
             const void *dgelu = m->wide, *fc = y->fc;
             produce(dfc, m->partial, [=](auto t) { typedef typename decltype(t)::type T; return GeluGradSource<T>{(const T*)dgelu, (const T*)fc}; }, c->act,
                     site_of(m, l, DY_FC, TRAIN), m->wide, rows, 4 * C, s);
-            finish_columns(grad_of(m, y->fcb), m->partial, strips_of(rows), 4 * C, accumulate, s);
+            finish_columns(vector_gradient(y->fcb), m->partial, strips_of(rows), 4 * C, accumulate, s);
         }
         if (c->recompute >= 2) { layernorm_again(m, y->x_fc, ln2, site_of(m, l, X_FC, TRAIN), rows); }
         linear_backward(m, m->narrow, dfc, y->x_fc, y->fcw, rows, accumulate);
@@ -778,14 +847,22 @@ static void backward(Model* m, int B, bool accumulate) {
         if (c->recompute >= 2) { layernorm_again(m, y->x_qkv, ln1, site_of(m, l, X_QKV, TRAIN), rows); }
         linear_backward(m, m->narrow, dy, y->x_qkv, y->qkvw, rows, accumulate);
         layernorm_backward_of(m, y->ln1w, y->ln1b, m->narrow, ln1, rows, false, accumulate);
+        if (last) { reduction_start(&m->reduction, l, s); }
     }
     ProfileScope scope("embedding backward");
-    if (!c->tied && !accumulate) { device_zero(grad_of(m, m->wte), param_elements(m->wte) * sizeof(float), s); }  // tied: the head has written it
-    with_type(c->act, [&](auto t) {
-        typedef typename decltype(t)::type T;
-        const T* dx = (const T*)m->dresidual;
-        run_rows(EmbeddingBackward<T>{grad_of(m, m->wte), dx, m->groups, C}, m->groups.groups, s);
-        if (!c->rope) { run_rows(PositionBackward<T>{grad_of(m, m->wpe), dx, B, c->T, C, accumulate}, c->T, s); }
+    auto zero = [=](const Param* p) { device_zero(p->accumulator, param_elements(p) * (size_t)dtype_bytes(p->accum), s); };
+    if (!c->tied && !accumulate) { zero(m->wte); }  // tied: the head has written it
+    if (!c->rope && !accumulate && c->positions > c->T) { zero(m->wpe); }
+    with_accumulator(m->wte->accum, c->accum_rounding, [&](auto a, auto rounding) {
+        with_type(c->act, [&](auto t) {
+            typedef typename decltype(t)::type T;
+            typedef typename decltype(a)::type A;
+            constexpr Rounding R = decltype(rounding)::value;
+            const T* dx = (const T*)m->dresidual;
+            run_rows(EmbeddingBackward<T, A, R>{(A*)m->wte->accumulator, dx, m->groups, gradient_key(m, m->wte, EMBEDDING_EVENT), C}, m->groups.groups, s);
+            if (c->rope) { return; }
+            run_rows(PositionBackward<T, A, R>{(A*)m->wpe->accumulator, dx, gradient_key(m, m->wpe, 0), B, c->T, C, accumulate}, c->T, s);
+        });
     });
 }
 
@@ -855,26 +932,32 @@ struct StepSettings {
     float weight_decay;
 };
 
-// One micro-batch's share of the gradients. `weight`: of a token in the mean over the global batch
-static void micro_step(Model* m, HostBatch* batch, int index, float weight) {
+// One micro-batch's share of the gradients. `weight`: of a token in the mean over the global batch; `last`: of the step
+static void micro_step(Model* m, HostBatch* batch, int index, bool last, float weight) {
     int B = m->config.B;
     upload_batch(m, batch, rows_of(m), TRAIN);
     if (index == 0) { device_zero(m->loss_total, sizeof(double), m->stream); }
     forward(m, B, TRAIN);
     head_loss(m, B, true, weight, index > 0);
-    backward(m, B, index > 0);
+    backward(m, B, index > 0, last);
+    m->micro_steps++;
 }
 
-// The gradients of all ranks' micro-batches are summed, and the optimizer decides and steps. Its record arrives by itself.
+// The reduction of the gradients comes to its end, and the optimizer decides and steps. Its record arrives by itself.
 static void finish_step(Model* m, Group* group, const StepSettings* settings, float weight) {
+    Reduction* r = &m->reduction;
     run_rows(FinishLoss{m->loss_mean, m->loss_total, (double)weight}, 1, m->stream);
     {
         ProfileScope scope("gradient reduction");
+        reduction_finish(r, m->stream);
+        reduction_count(r, m->stream);
         all_reduce_sum(group, m->loss_mean, 1, m->stream);
-        reduce_gradients(group, m->grads, m->buckets, m->bucket_count, m->stream);
         if (m->sites.count > 0) { all_reduce_max(group, (float*)m->sites.amax, (size_t)m->sites.count, m->stream); }
     }
-    optimizer_step(&m->optimizer, &m->params, m->grads, m->loss_mean, settings->rules, settings->rates, settings->weight_decay, m->stream);
+    optimizer_decide(&m->optimizer, &m->params, r->slots, m->loss_mean, settings->rules, m->stream);
+    reduction_adapt(r, m->optimizer.tops, m->stream);
+    optimizer_update(&m->optimizer, &m->params, settings->rates, settings->weight_decay, m->stream);
+    if (r->statistics != NULL) { copy_to_pinned(m->statistics, r->statistics, (size_t)m->params.count * sizeof(TensorStatistics), m->stream); }
     copy_to_pinned(m->record, &m->optimizer.state->record, sizeof(StepRecord), m->stream);
     event_record(m->record_ready, m->stream);
     if (m->sites.count > 0) {
@@ -1001,6 +1084,49 @@ struct Run {
 
 static bool is_file(const char* path) { return access(path, F_OK) == 0; }
 
+// How gradients are added up and travel, from the recipe and the explicit flags
+static void resolve_gradients(Run* r) {
+    Args* a = &r->args;
+    Options* o = &r->table.options;
+    GptConfig* c = &r->config;
+    static const struct { GradFormat accum, wire; GradReduce algorithm; } by_recipe[] = {
+        {GRAD_BF16, GRAD_E4M3, REDUCE_DIRECT}, {GRAD_E4M3, GRAD_E4M3, REDUCE_RING}, {GRAD_FP32, GRAD_FP32, REDUCE_RING}, {GRAD_FP32, GRAD_FP32, REDUCE_RING}};
+    set_default(o, &a->grad_dtype, by_recipe[a->recipe].wire);
+    c->wire = grad_formats[a->grad_dtype];
+    DType accum = grad_formats[by_recipe[a->recipe].accum];
+    set_default(o, &a->grad_accum_dtype, dtype_bytes(accum) < dtype_bytes(c->wire) ? a->grad_dtype : by_recipe[a->recipe].accum);
+    c->accum = grad_formats[a->grad_accum_dtype];
+    bool quantised = is_fp8(c->wire);
+    set_default(o, &a->grad_reduce, quantised && a->recipe != RECIPE_FP8_LM ? REDUCE_DIRECT : by_recipe[a->recipe].algorithm);
+    set_default(o, &a->grad_accum_rounding, c->accum == E4M3 ? NEAREST : STOCHASTIC);
+    const char* wire = dtype_names[c->wire];
+    if (dtype_bytes(c->accum) < dtype_bytes(c->wire)) {
+        bad_input("--grad-accum-dtype %s is narrower than --grad-dtype %s, so the wire would carry bits that are not there; make the first as wide as the second",
+            dtype_names[c->accum], wire);
+    }
+    if (option_given(o, &a->grad_scaling) && !quantised) {
+        bad_input("--grad-scaling is the headroom of sums in FP8, and --grad-dtype %s needs none; leave one of them out", wire);
+    }
+    if (option_given(o, &a->grad_scaling) && a->grad_reduce == REDUCE_DIRECT) {
+        bad_input("--grad-scaling is the headroom of a ring's sums in FP8; --grad-reduce direct adds in FP32 and needs none; give --grad-reduce ring with it");
+    }
+    if (option_given(o, &a->grad_accum_rounding) && c->accum == FP32) {
+        bad_input("--grad-accum-rounding: gradients are added up in fp32 and not rounded; give --grad-accum-dtype bf16 or e4m3 with it");
+    }
+    if (a->log_tensors && (!quantised || r->group.size == 1)) {
+        bad_input("--log-tensors: no gradient is sent in FP8 here (%s, %d rank%s), so there is nothing to log", wire, r->group.size, r->group.size == 1 ? "" : "s");
+    }
+#ifdef NCCL_TRANSPORT
+    if (r->group.transport == OVER_NCCL && quantised && a->grad_reduce == REDUCE_RING && device_capability() < 90) {
+        bad_input("--grad-reduce ring with --grad-dtype %s: NCCL adds FP8 on GPUs of capability 9.0 and up, and this one has %d.%d; take --grad-reduce direct", wire,
+            device_capability() / 10, device_capability() % 10);
+    }
+#endif
+    c->accum_rounding = a->grad_accum_rounding;
+    c->embeddings_as_matrices = a->recipe == RECIPE_FP8;
+    c->reduction = ReductionConfig{a->grad_scaling, a->grad_reduce};
+}
+
 // Shape and numerics from --init, the explicit flags and the data
 static void resolve_model(Run* r) {
     Args* a = &r->args;
@@ -1045,14 +1171,15 @@ static void resolve_model(Run* r) {
     if (a->position == POSITION_ROPE && head_size % 2 != 0) {
         bad_input("--width: %" PRId64 " over --heads %" PRId64 " gives heads of %" PRId64 "; rotary positions need an even size", a->width, a->heads, head_size);
     }
-    if (a->recipe == RECIPE_FP8 && a->fp8_fwd == FORMAT_E5M2 && a->fp8_bwd == FORMAT_E5M2) {
+    bool fp8 = a->recipe == RECIPE_FP8 || a->recipe == RECIPE_FP8_LM;
+    if (fp8 && a->fp8_fwd == FORMAT_E5M2 && a->fp8_bwd == FORMAT_E5M2) {
         bad_input("--fp8-fwd e5m2 with --fp8-bwd e5m2: the weight gradient would be E5M2 × E5M2, which no FP8 unit multiplies; make one of them e4m3");
     }
-    if (a->recipe != RECIPE_FP8) {
+    if (!fp8) {
         const struct { const char* flag; const void* value; } needs_fp8[] = {
             {"--fp8-scaling", &a->fp8_scaling}, {"--fp8-fwd", &a->fp8_fwd}, {"--fp8-bwd", &a->fp8_bwd}, {"--bf16-layers", &a->bf16_layers}};
         for (auto& f : needs_fp8) {
-            if (option_given(o, f.value)) { bad_input("%s belongs to recipe fp8, not to --recipe %s", f.flag, a->recipe == RECIPE_BF16 ? "bf16" : "fp32"); }
+            if (option_given(o, f.value)) { bad_input("%s belongs to the recipes fp8 and fp8-lm, not to --recipe %s", f.flag, a->recipe == RECIPE_BF16 ? "bf16" : "fp32"); }
         }
     }
     if (a->bf16_layers.first + a->bf16_layers.last > a->layers) {
@@ -1060,7 +1187,7 @@ static void resolve_model(Run* r) {
     }
     if (!device_is_gpu && a->staged) { bad_input("--staged is for GPU builds: on a CPU there is nothing to stage"); }
     if (device_is_gpu && a->width % 16 != 0) { bad_input("--width: %" PRId64 " is not a multiple of 16, which the GPU's matrix units need", a->width); }
-    if (device_is_gpu && a->recipe == RECIPE_FP8 && a->micro_batch * a->seq_len % 16 != 0) {
+    if (device_is_gpu && fp8 && a->micro_batch * a->seq_len % 16 != 0) {
         bad_input("--micro-batch %" PRId64 " × --seq-len %" PRId64 " is no multiple of 16 tokens, which the GPU's FP8 units need", a->micro_batch, a->seq_len);
     }
     if (a->micro_batch * a->seq_len > INT32_MAX / 4) {
@@ -1076,12 +1203,13 @@ static void resolve_model(Run* r) {
     c->positions = r->has_file ? r->file.positions : c->T;
     c->recompute = (int)a->recompute;
     c->act = a->recipe == RECIPE_FP32 ? FP32 : BF16;
-    c->fp8 = a->recipe == RECIPE_FP8;
+    c->fp8 = fp8;
     c->bf16_layers = a->bf16_layers;
     c->scaling = a->fp8_scaling;
     c->fp8_fwd = a->fp8_fwd == FORMAT_E4M3 ? E4M3 : E5M2;
     c->fp8_bwd = a->fp8_bwd == FORMAT_E4M3 ? E4M3 : E5M2;
     c->seed = (uint64_t)a->seed;
+    resolve_gradients(r);
     if (3 + 12 * (int64_t)c->layers + 2 > MAX_PARAMS) { bad_input("--layers: at most %d", (MAX_PARAMS - 5) / 12); }
 }
 
@@ -1198,6 +1326,13 @@ __attribute__((format(printf, 3, 4))) static void table_add(Table* t, const char
     t->count++;
 }
 
+// Has the option no meaning beside the others?
+static bool is_unused(const Run* r, const Option* o) {
+    const GptConfig* c = &r->config;
+    bool ring = is_fp8(c->wire) && c->reduction.algorithm == REDUCE_RING;
+    return (o->value == &r->args.grad_scaling && !ring) || (o->value == &r->args.grad_accum_rounding && c->accum == FP32);
+}
+
 static void print_settings(const Run* r) {
     static Table t;
     t.count = 0;
@@ -1213,6 +1348,7 @@ static void print_settings(const Run* r) {
         if (o->value == &r->args.vocab) { snprintf(value, sizeof(value), "%d, padded to %d", c->vocab, c->padded_vocab); }
         if (o->value == &r->args.steps) { snprintf(value, sizeof(value), "%" PRId64, r->steps); }
         if (o->value == &r->args.warmup) { snprintf(value, sizeof(value), "%" PRId64, r->warmup); }
+        if (is_unused(r, o)) { snprintf(value, sizeof(value), "none needed"); }
         table_add(&t, o->name, "%s", value);
     }
     t.rows[t.count++] = LogRow{"This run", NULL};
@@ -1243,7 +1379,8 @@ static void log_settings(Run* r) {
         if (o->type == OPTION_GROUP) { continue; }
         char value[320];
         option_value_text(value, sizeof(value), o);
-        if (o->type == OPTION_INT) { add_int(config, o->name, *(const int64_t*)o->value); }
+        if (is_unused(r, o)) { json_object_object_add(config, o->name, NULL); }
+        else if (o->type == OPTION_INT) { add_int(config, o->name, *(const int64_t*)o->value); }
         else if (o->type == OPTION_DOUBLE) { add_double(config, o->name, *(const double*)o->value); }
         else if (o->type == OPTION_FLAG) { json_object_object_add(config, o->name, json_object_new_boolean(*(const bool*)o->value)); }
         else if (o->type == OPTION_STRING && *(const char* const*)o->value != NULL) { add_string(config, o->name, *(const char* const*)o->value); }
@@ -1259,6 +1396,42 @@ static void log_settings(Run* r) {
     json_object* line = json_object_new_object();
     json_object_object_add(line, "config", config);
     log_line(&r->log, line);
+}
+
+// Over all tensors whose gradients travel in FP8
+static json_object* fp8_statistics(const Model* m) {
+    double elements = 0.0, underflow = 0.0, saturated = 0.0;
+    float least = 1.0f, most = 0.0f;
+    for (int i = 0; i < m->params.count; i++) {
+        const Param* p = &m->params.items[i];
+        if (!is_fp8(p->wire)) { continue; }
+        double n = (double)param_elements(p);
+        const TensorStatistics* t = &m->statistics[i];
+        elements += n;
+        underflow += n * (double)t->underflow;
+        saturated += n * (double)t->saturated;
+        least = min_of(least, t->mu);
+        most = max_of(most, t->mu);
+    }
+    json_object* o = json_object_new_object();
+    add_double(o, "saturated", (double)(float)(saturated / elements));
+    add_double(o, "underflow", (double)(float)(underflow / elements));
+    add_double(o, "mu_min", (double)least);
+    add_double(o, "mu_max", (double)most);
+    return o;
+}
+
+static json_object* tensor_statistics(const Model* m) {
+    json_object* all = json_object_new_object();
+    for (int i = 0; i < m->params.count; i++) {
+        if (!is_fp8(m->params.items[i].wire)) { continue; }
+        json_object* o = json_object_new_object();
+        add_double(o, "saturated", (double)m->statistics[i].saturated);
+        add_double(o, "underflow", (double)m->statistics[i].underflow);
+        add_double(o, "mu", (double)m->statistics[i].mu);
+        json_object_object_add(all, m->params.items[i].name, o);
+    }
+    return all;
 }
 
 static void show_step(Run* r, int64_t step, const StepRecord* record, double lr, double seconds, const uint64_t* sent) {
@@ -1290,6 +1463,9 @@ static void show_step(Run* r, int64_t step, const StepRecord* record, double lr,
         if (sent[i] > 0) { add_int(comm, comm_names[i], (int64_t)sent[i]); }
     }
     json_object_object_add(o, "comm", comm);
+    add_double(o, "comm_wait_ms", 1e3 * reduction_waited(&r->model.reduction));
+    json_object_object_add(o, "fp8", sends_fp8(&r->model.reduction) ? fp8_statistics(&r->model) : NULL);
+    if (r->args.log_tensors) { json_object_object_add(o, "tensors", tensor_statistics(&r->model)); }
     add_double(o, "loss_z", record->loss_z);
     add_double(o, "norm_z", record->norm_z);
     if (record->skipped != NOT_SKIPPED) { add_string(o, "skipped", skip_names[record->skipped]); }
@@ -1397,7 +1573,7 @@ static void train(Run* r) {
         memset(r->group.bytes_sent, 0, sizeof(r->group.bytes_sent));
         for (int k = 0; k < r->micro_batches; k++) {
             loader_next(&r->train, r->batch.tokens, r->batch.targets);
-            micro_step(m, &r->batch, k, weight);
+            micro_step(m, &r->batch, k, k == r->micro_batches - 1, weight);
         }
         settings.rates = AdamRates{(float)lr, (float)a->beta1, (float)a->beta2, (float)a->eps, 0.0f};
         if (device_is_gpu) { show_last(); }  // the device is busy with this step meanwhile

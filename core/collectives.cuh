@@ -51,10 +51,13 @@ struct World {
 
 enum Transport { ALONE, OVER_MPI, OVER_MPI_STAGED, OVER_NCCL };
 
-enum CommOperation { ALL_REDUCE_SUM, ALL_REDUCE_MAX, BROADCAST, HOST_ALL_REDUCE_SUM, HOST_ALL_GATHER, COMM_OPERATIONS };
+enum CommOperation {
+    ALL_REDUCE_SUM, ALL_REDUCE_MAX, SCALES, REDUCE_SCATTER, ALL_TO_ALL, ALL_GATHER, BROADCAST, HOST_ALL_REDUCE_SUM, HOST_ALL_GATHER, COMM_OPERATIONS
+};
 
 static const char* const comm_names[COMM_OPERATIONS] = {
-    "all_reduce_sum", "all_reduce_max", "broadcast", "host_all_reduce_sum", "host_all_gather"
+    "all_reduce_sum", "all_reduce_max", "scales", "reduce_scatter", "all_to_all", "all_gather", "broadcast", "host_all_reduce_sum",
+    "host_all_gather"
 };
 
 constexpr size_t COMM_CHUNK_BYTES = 1024 * 1024;            // of one message; smaller: ranks that share cores wait more often
@@ -458,7 +461,7 @@ static inline void all_reduce_max(Group* g, float* data, size_t n, Stream stream
     if (g->transport == ALONE) { return; }
 #ifdef NCCL_TRANSPORT
     if (g->transport == OVER_NCCL) {
-        nccl_all_reduce_max(g->nccl, data, n, stream);
+        nccl_all_reduce_bits(g->nccl, (uint32_t*)data, n, ncclMax, stream);
         g->bytes_sent[ALL_REDUCE_MAX] += ring_bytes(g, n * sizeof(float));
         return;
     }

@@ -90,8 +90,13 @@ static inline void copy_to_pinned(void* pinned, const void* d, size_t bytes, Str
 typedef cudaEvent_t Event;
 static inline Event event_create(void) { Event e; CUDA_CHECK(cudaEventCreateWithFlags(&e, cudaEventDisableTiming)); return e; }
 static inline void event_destroy(Event e) { CUDA_CHECK(cudaEventDestroy(e)); }
+static inline Event timed_event_create(void) { Event e; CUDA_CHECK(cudaEventCreate(&e)); return e; }
 static inline void event_record(Event e, Stream s) { CUDA_CHECK(cudaEventRecord(e, s)); }
 static inline void event_wait(Event e) { CUDA_CHECK(cudaEventSynchronize(e)); }
+// What is launched on the stream from here on waits for the event; the host does not.
+static inline void stream_wait_event(Stream s, Event e) { CUDA_CHECK(cudaStreamWaitEvent(s, e, 0)); }
+// Milliseconds between two timed events that have both passed
+static inline double event_milliseconds(Event from, Event to) { float ms; CUDA_CHECK(cudaEventElapsedTime(&ms, from, to)); return (double)ms; }
 
 #else
 
@@ -119,8 +124,11 @@ static inline void copy_to_pinned(void* pinned, const void* d, size_t bytes, Str
 typedef struct CpuEvent* Event;
 static inline Event event_create(void) { return NULL; }
 static inline void event_destroy(Event) {}
+static inline Event timed_event_create(void) { return NULL; }
 static inline void event_record(Event, Stream) {}
 static inline void event_wait(Event) {}
+static inline void stream_wait_event(Stream, Event) {}
+static inline double event_milliseconds(Event, Event) { return 0.0; }
 // What the system can give without swapping: free pages and the caches that it would drop
 static inline size_t device_memory_free(void) {
     size_t bytes = (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE), kib;
@@ -150,6 +158,12 @@ static inline void device_name(char* name, size_t size) {
 }
 
 #endif
+
+// ---- types chosen at run time ----
+
+template <class T> struct Tag { typedef T type; };
+
+static inline void* advance(void* p, DType t, size_t elements) { return (char*)p + elements * (size_t)dtype_bytes(t); }
 
 // ---- packs: N elements of a row at once ----
 
@@ -293,6 +307,11 @@ template <class T, int N> DEVICE void store_stochastic(T* p, Range<N> c, Vec<N> 
     store_raw(p, c, r);
 }
 
+// the one or the other
+template <Rounding R, class T, int N> DEVICE void store_rounded(T* p, Range<N> c, Vec<N> x, RandomKey key, uint64_t first) {
+    if (R == STOCHASTIC) { store_stochastic(p, c, x, key, first); } else { store(p, c, x); }
+}
+
 // *target = max(*target, value) for integers, from any number of rows at once; the order does not matter, so the result repeats
 DEVICE void atomic_max(uint32_t* target, uint32_t value) {
 #if defined(__CUDA_ARCH__)
@@ -300,6 +319,15 @@ DEVICE void atomic_max(uint32_t* target, uint32_t value) {
 #else
     uint32_t seen = __atomic_load_n(target, __ATOMIC_RELAXED);
     while (seen < value && !__atomic_compare_exchange_n(target, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+#endif
+}
+
+// *target += value for integers, likewise
+DEVICE void atomic_add(uint32_t* target, uint32_t value) {
+#if defined(__CUDA_ARCH__)
+    atomicAdd(target, value);
+#else
+    __atomic_fetch_add(target, value, __ATOMIC_RELAXED);
 #endif
 }
 

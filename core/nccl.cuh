@@ -68,9 +68,39 @@ static inline void nccl_all_reduce_sum(ncclComm_t comm, float* data, size_t n, S
     NCCL_CALL(comm, ncclAllReduce(data, data, n, ncclFloat, ncclSum, comm, stream));
 }
 
-// Of non-negative floats by their bits, so that NaN and inf win.
-static inline void nccl_all_reduce_max(ncclComm_t comm, float* data, size_t n, Stream stream) {
-    NCCL_CALL(comm, ncclAllReduce(data, data, n, ncclUint32, ncclMax, comm, stream));
+// Of non-negative floats by their bits, so that NaN and inf are the greatest: op is ncclMin or ncclMax.
+static inline void nccl_all_reduce_bits(ncclComm_t comm, uint32_t* bits, size_t n, ncclRedOp_t op, Stream stream) {
+    NCCL_CALL(comm, ncclAllReduce(bits, bits, n, ncclUint32, op, comm, stream));
+}
+
+static inline ncclDataType_t nccl_type(DType t) {
+#if NCCL_VERSION_CODE >= 22403
+    if (t == E4M3) { return ncclFloat8e4m3; }
+    if (t == E5M2) { return ncclFloat8e5m2; }
+#endif
+    if (t == BF16) { return ncclBfloat16; }
+    if (t != FP32) { die("NCCL %d has no sums in %s; hint: 2.24.3 or later, or --grad-reduce direct", NCCL_VERSION_CODE, dtype_names[t]); }
+    return ncclFloat;
+}
+
+// Part `rank` of data (size, part) becomes the sum over the ranks; in place. Never ncclAvg: it would round 1/size to FP8.
+static inline void nccl_reduce_scatter(ncclComm_t comm, void* data, size_t part, DType type, int rank, Stream stream) {
+    char* mine = (char*)data + (size_t)rank * part * (size_t)dtype_bytes(type);
+    NCCL_CALL(comm, ncclReduceScatter(data, mine, part, nccl_type(type), ncclSum, comm, stream));
+}
+
+static inline void nccl_all_gather(ncclComm_t comm, void* data, size_t part_bytes, int rank, Stream stream) {
+    NCCL_CALL(comm, ncclAllGather((char*)data + (size_t)rank * part_bytes, data, part_bytes, ncclUint8, comm, stream));
+}
+
+static inline void nccl_all_to_all(ncclComm_t comm, void* received, const void* sent, size_t part_bytes, int size, Stream stream) {
+    nccl_check(ncclGroupStart(), comm, "ncclGroupStart", __FILE__, __LINE__);
+    for (int r = 0; r < size; r++) {
+        const char* from = (const char*)sent + (size_t)r * part_bytes;
+        nccl_check(ncclSend(from, part_bytes, ncclUint8, r, comm, stream), comm, "ncclSend", __FILE__, __LINE__);
+        nccl_check(ncclRecv((char*)received + (size_t)r * part_bytes, part_bytes, ncclUint8, r, comm, stream), comm, "ncclRecv", __FILE__, __LINE__);
+    }
+    NCCL_CALL(comm, ncclGroupEnd());
 }
 
 static inline void nccl_broadcast(ncclComm_t comm, void* data, size_t bytes, int root, Stream stream) {

@@ -22,6 +22,14 @@ struct Param {
     size_t offset;       // of its first element within the flat FP32 arrays, a multiple of 64
     void* weight;        // (rows, cols) of dtype
     float* slot;         // FP8: {descale, scale, 0, 0}, 16-byte aligned on the device; NULL otherwise
+    // the gradient; where it lies is up to the reduction (comm.cuh)
+    DType accum;         // its format while micro-batches are added up
+    DType wire;          // its format between ranks
+    DType grad_dtype;    // its format for the optimizer: `wire` where ranks exchanged it, else `accum`
+    void* accumulator;   // (rows, cols) of accum
+    void* grad;          // (rows, cols) of grad_dtype, in the same memory: once it is reduced, the accumulator is gone
+    float* accum_slot;   // {descale, scale, previous descale, 0} of an FP8 accumulator; of scale 1 otherwise
+    float* grad_slot;    // the same of the reduced gradient
 };
 
 constexpr int MAX_PARAMS = 4096;

@@ -116,12 +116,18 @@ else
     plot="none (gnuplot is not installed: package gnuplot-nox)"
 fi
 
-# summary DIR: "final-loss validation-loss weights activations all-memory tok/s", from its log.jsonl; - for what is not there.
-# Final loss: mean of the last 10 steps. Memory: bytes at the last step. tok/s: mean of the second half, when all is warm.
+# summary DIR: "final-loss validation-loss weights gradients activations all-memory sent tok/s", from its log.jsonl; - for what is not there.
+# Final loss: mean of the last 10 steps. Memory, sent: bytes of the last step. tok/s: mean of the second half, when all is warm.
 summary() {
     awk '
         function number(key) {
             return match($0, "\"" key "\":-?[0-9][-+.0-9eE]*") ? substr($0, RSTART + length(key) + 3, RLENGTH - length(key) - 3) : ""
+        }
+        function sum_of(object,    parts, part, i, pair, total) {
+            if (!match($0, "\"" object "\":\\{[^}]*\\}")) { return "" }
+            parts = split(substr($0, RSTART + length(object) + 4, RLENGTH - length(object) - 5), part, ",")
+            for (i = 1; i <= parts; i++) { split(part[i], pair, ":"); total += pair[2] }
+            return total
         }
         function mean(values, from, to,    i, sum, n) {
             for (i = from; i <= to; i++) { if (values[i] != "") { sum += values[i]; n++ } }
@@ -131,17 +137,16 @@ summary() {
         number("val_loss") != "" { val = number("val_loss") }
         number("step") != "" && /"loss":/ {
             n++; loss[n] = number("loss"); speed[n] = number("tok_s")
-            if (match($0, /"mem":\{[^}]*\}/)) {
-                parts = split(substr($0, RSTART + 7, RLENGTH - 8), part, ",")
-                mem = 0
-                for (i = 1; i <= parts; i++) { split(part[i], pair, ":"); mem += pair[2] }
-                weights = number("weights"); activations = number("activations")
+            if (sum_of("mem") != "") {
+                mem = sum_of("mem")
+                weights = number("weights"); gradients = number("gradients"); activations = number("activations")
             }
+            if (sum_of("comm") != "") { sent = sum_of("comm") }
         }
         function or_none(value) { return value == "" ? "-" : value }
         END {
-            print mean(loss, n > 10 ? n - 9 : 1, n), or_none(val), or_none(weights), or_none(activations), or_none(mem), \
-                mean(speed, int(n / 2) + 1, n)
+            print mean(loss, n > 10 ? n - 9 : 1, n), or_none(val), or_none(weights), or_none(gradients), or_none(activations), or_none(mem), \
+                or_none(sent), mean(speed, int(n / 2) + 1, n)
         }
     ' "$1/log.jsonl"
 }
@@ -161,9 +166,11 @@ summary() {
         row("final loss (mean of last 10 steps)", "%.4f", 1, 1)
         row("validation loss", "%.4f", 2, 1)
         row("a rank\047s memory, MiB: weights", "%.1f", 3, 1048576)
-        row("                      activations", "%.1f", 4, 1048576)
-        row("                      in all", "%.1f", 5, 1048576)
-        row("tokens a second", "%.0f", 6, 1)
+        row("                      gradients", "%.1f", 4, 1048576)
+        row("                      activations", "%.1f", 5, 1048576)
+        row("                      in all", "%.1f", 6, 1048576)
+        row("a rank\047s sent bytes a step, MiB", "%.2f", 7, 1048576)
+        row("tokens a second", "%.0f", 8, 1)
     }
 '
 printf '\n  plot: %s\n  runs: demo/bf16 and demo/fp8 (log.jsonl in each)\n' "$plot"

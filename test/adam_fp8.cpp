@@ -15,6 +15,7 @@ struct Model {
     Optimizer o;
     float* flat;         // FP32: the weights, which are the masters
     float* grads;
+    float* slots;        // of the gradients: (tensors, 4), scale 1
     float* loss;
     bool fp32;
     DecisionRules rules;
@@ -37,6 +38,7 @@ struct Model {
         for (int i = 0; i < table->count; i++) {
             if (is_fp8(table->items[i].dtype)) { copy_to_device(table->items[i].slot, slot.data(), 16, NULL); }
         }
+        run_rows(ResetSlots{slots}, table->count, NULL);
         rules = DecisionRules{0.9, 0.95, 0.0f, 0.0f, 0.0f};
         rates = AdamRates{1e-3f, 0.9f, 0.95f, 1e-8f, 0.0f};
         decay = 0.1f;
@@ -59,6 +61,11 @@ struct Model {
         }
         optimizer_allocate(&o, table, fp32, &memory);
         grads = memory_take<float>(&memory, GRADIENTS, table->elements);
+        slots = memory_take<float>(&memory, GRADIENTS, 4 * (size_t)table->count);
+        for (int i = 0; i < table->count; i++) {
+            table->items[i].grad = memory.committed ? grads + table->items[i].offset : NULL;
+            table->items[i].grad_slot = memory.committed ? slots + 4 * i : NULL;
+        }
         loss = memory_take<float>(&memory, GRADIENTS, 1);
     }
     size_t n() const { return table->elements; }
@@ -70,7 +77,8 @@ struct Model {
     StepRecord step(const std::vector<float>& g, float mean_loss) {
         copy_to_device(grads, g.data(), n() * sizeof(float), NULL);
         copy_to_device(loss, &mean_loss, sizeof(float), NULL);
-        optimizer_step(&o, table, grads, loss, rules, rates, decay, NULL);
+        optimizer_decide(&o, table, slots, loss, rules, NULL);
+        optimizer_update(&o, table, rates, decay, NULL);
         finish();
         return state().record;
     }
@@ -491,6 +499,70 @@ static void values_that_do_not_vary_are_no_outliers(void**) {
 // ---- allocation ----
 
 // The model's own check is memory_check; here: what it comes to. Masters are there once.
+// Gradients in a narrow format give the bits that their values in FP32 give, and the norm counts their codes at the maximum.
+template <class G> static void narrow_gradients_are_their_codes_times_the_descale(void) {
+    const DType type = DTypeOf<G>::value;
+    const float descale = type == BF16 ? 1.0f : 0x1p-9f;
+    const std::vector<Spec> specs = {{"fp8", 5, 1000, E4M3}, {"bf16", 3, 1801, BF16}, {"vector", 1, 65, BF16}};
+    Model wide(specs), narrow(specs);
+    std::vector<float> start = random_flat(wide, 0.1);
+    wide.set_master(start);
+    narrow.set_master(start);
+    Array<G> grads(wide.n());
+    for (int step = 0; step < 3; step++) {
+        std::vector<G> codes(wide.n());
+        std::vector<float> values(wide.n());
+        std::vector<int> tops(3);
+        for (int i = 0; i < 3; i++) {
+            const Param* p = &wide.table->items[i];
+            for (size_t k = 0; k < param_elements(p); k++) {
+                G* code = &codes[p->offset + k];
+                from_float(*code, (float)((type == E5M2 ? 30000.0 : type == E4M3 ? 250.0 : 0.01) * normal()));
+                values[p->offset + k] = to_float(*code) * descale;
+                tops[i] += is_fp8(type) && fabsf(to_float(*code)) == largest_of(type);
+            }
+        }
+        memcpy((void*)grads.p, codes.data(), codes.size() * sizeof(G));
+        for (int i = 0; i < 3; i++) {
+            Param* p = &narrow.table->items[i];
+            p->grad = grads.p + p->offset;
+            p->grad_dtype = type;
+            const float slot[4] = {descale, 1.0f / descale, 0.0f, 0.0f};
+            copy_to_device(p->grad_slot, slot, sizeof(slot), NULL);
+        }
+        StepRecord a = wide.step(values, 1.0f), b = narrow.step(values, 1.0f);
+        assert_true(a.skipped == NOT_SKIPPED && b.skipped == NOT_SKIPPED);
+        expect_near(b.grad_norm, a.grad_norm, 1e-6 * a.grad_norm, "norm");  // other types are added in lanes of other widths
+        assert_true(everything(wide) == everything(narrow));
+        std::vector<double> counted = from_device<double>(narrow.o.tops, 3);
+        for (int i = 0; i < 3; i++) { assert_true(counted[i] == (double)tops[i]); }
+        assert_true(!is_fp8(type) || tops[0] > 0);
+    }
+    narrow.rules.clip = 0.25f * (float)narrow.step(start, 1.0f).grad_norm;  // clipping takes the descale along
+    std::vector<float> m0 = from_device<float>(narrow.o.m, narrow.n()), m1;
+    narrow.step(start, 1.0f);
+    m1 = from_device<float>(narrow.o.m, narrow.n());
+    const Param* first = &narrow.table->items[0];
+    for (size_t k = 0; k < param_elements(first); k++) {
+        G code;
+        memcpy(&code, (const char*)first->grad + k * sizeof(G), sizeof(G));
+        double g = (double)to_float(code) * descale * 0.25, want = 0.9 * (double)m0[first->offset + k] + 0.1 * g;
+        expect_near((double)m1[first->offset + k], want, 1e-6 * (fabs(want) + fabs(g)), "clipped moment %zu", k);
+    }
+    // a slot of NaN, which a tensor has that was not finite on some rank, skips the step whatever the codes say
+    const float not_finite[4] = {NAN, NAN, 0.0f, 0.0f};
+    copy_to_device(narrow.table->items[1].grad_slot, not_finite, sizeof(not_finite), NULL);
+    StepRecord r = narrow.step(start, 1.0f);
+    assert_int_equal(r.skipped, SKIP_NON_FINITE_NORM);
+    assert_true(isnan(r.grad_norm));
+}
+
+static void gradients_in_bf16_e4m3_and_e5m2_are_read_as_they_are(void**) {
+    narrow_gradients_are_their_codes_times_the_descale<bf16>();
+    narrow_gradients_are_their_codes_times_the_descale<e4m3>();
+    narrow_gradients_are_their_codes_times_the_descale<e5m2>();
+}
+
 static void memory_is_as_documented(void**) {
     auto rounded = [](size_t bytes) { return round_up(bytes, (size_t)256); };
     for (bool masters : {false, true}) {
@@ -500,7 +572,7 @@ static void memory_is_as_documented(void**) {
         Memory m = {};
         Optimizer o = {};
         optimizer_allocate(&o, table, masters, &m);
-        size_t want = rounded(sizeof(OptimizerState)) + (masters ? 2 : 3) * rounded(table->elements * 4) + 4 * 256;
+        size_t want = rounded(sizeof(OptimizerState)) + (masters ? 2 : 3) * rounded(table->elements * 4) + 6 * 256;
         assert_int_equal(m.bytes[OPTIMIZER], want);
         assert_int_equal(memory_total(&m), want);
         delete table;
@@ -523,6 +595,7 @@ int main(void) {
         cmocka_unit_test(a_limit_of_zero_skips_no_outlier),
         cmocka_unit_test(a_window_takes_no_value_that_is_not_finite),
         cmocka_unit_test(values_that_do_not_vary_are_no_outliers),
+        cmocka_unit_test(gradients_in_bf16_e4m3_and_e5m2_are_read_as_they_are),
         cmocka_unit_test(memory_is_as_documented),
     };
     return RUN_TESTS(tests);

@@ -117,6 +117,11 @@ EOT
 --recompute 3 | --recompute: '3' is out of range; allowed: 0 to 2*
 --clip -1 | --clip: '-1' is out of range*
 --sample-len 0 | --sample-len: '0' is out of range*
+--grad-dtype fp16 | --grad-dtype: 'fp16'*fp32*bf16*e4m3*e5m2*
+--grad-scaling half | --grad-scaling: 'half'*pre*post*sqrt*auto*
+--grad-reduce tree | --grad-reduce: 'tree'*ring*direct*
+--grad-accum-dtype e5m2 | --grad-accum-dtype: 'e5m2'*fp32*bf16*e4m3*
+--grad-accum-rounding up | --grad-accum-rounding: 'up'*nearest*stochastic*
 --recipe fp4 | --recipe: 'fp4'*fp8*bf16*
 --lr-schedule step | --lr-schedule: 'step'*cosine*wsd*
 --position sine | --position: 'sine'*rope*learned*
@@ -142,6 +147,14 @@ EOT
 --recipe bf16 --fp8-bwd e5m2 | --fp8-bwd*--recipe bf16*
 --recipe fp32 --fp8-scaling current | --fp8-scaling*--recipe fp32*
 --recipe bf16 --bf16-layers first:1 | --bf16-layers*--recipe bf16*
+--grad-dtype e4m3 --grad-scaling auto | --grad-scaling*--grad-reduce direct*--grad-reduce ring*
+--recipe bf16 --grad-scaling pre | --grad-scaling*--grad-dtype fp32*
+--grad-dtype bf16 --grad-scaling pre --grad-reduce ring | --grad-scaling*--grad-dtype bf16*
+--grad-dtype fp32 --grad-accum-dtype bf16 | --grad-accum-dtype bf16*narrower than --grad-dtype fp32*
+--recipe fp8-lm --grad-dtype bf16 --grad-accum-dtype e4m3 | --grad-accum-dtype e4m3*narrower than --grad-dtype bf16*
+--recipe bf16 --grad-accum-rounding nearest | --grad-accum-rounding*fp32*
+--log-tensors | --log-tensors*1 rank*
+--recipe fp8-lm --fp8-fwd e5m2 | --fp8-fwd e5m2*--fp8-bwd e5m2*
 --bf16-layers first:1,last:2 | --bf16-layers: first:1,last:2*2 layers*
 --val-data text.txt --val-split 0.1 | --val-split: 0.1*--val-data*
 --val-data text.txt --val-split 0.1 --val-every 1 | --val-split: 0.1*--val-data*
@@ -255,7 +268,7 @@ EOT
     [ -z "$stderr" ]
     for flag in train-data val-data val-split init layers heads width vocab position tie-embeddings micro-batch seq-len global-batch steps \
         overfit-batch lr warmup min-lr-frac lr-schedule weight-decay clip beta1 beta2 eps skip-loss-z skip-grad-z recipe fp8-scaling \
-        fp8-fwd fp8-bwd bf16-layers recompute output-dir val-every val-batches sample-every sample-len profile seed staged; do
+        fp8-fwd fp8-bwd bf16-layers grad-dtype grad-reduce grad-scaling grad-accum-dtype grad-accum-rounding recompute output-dir log-tensors val-every val-batches sample-every sample-len profile seed staged; do
         grep -qE -- "^ .* --$flag( |\$)" <<< "$output" || { echo "--$flag is missing"; return 1; }
     done
     awk 'length($0) > 110 { print "too long: " $0; bad = 1 } END { exit bad }' <<< "$output"
@@ -306,6 +319,8 @@ EOT
     refuses_on 1 $good --micro-batch 2 : -np 1 $good --micro-batch 4 'rank 1 *micro-batch=4*rank 0*micro-batch=2*'
     refuses_on 2 $good : -np 1 $good --seed 5 'rank 2 *seed=5*rank 0*seed=1337*'
     refuses_on 1 $good --recipe bf16 : -np 1 $good 'rank 1 *recipe=fp8*rank 0*recipe=bf16*'
+    refuses_on 1 $good : -np 1 $good --grad-reduce ring 'rank 1 *grad-reduce=ring*rank 0*grad-reduce=direct*'
+    refuses_on 3 $good --recipe fp8-lm --grad-scaling sqrt : -np 1 $good --recipe fp8-lm 'rank 3 *grad-scaling=auto*rank 0*grad-scaling=sqrt*'
 }
 
 @test "what one rank alone meets ends all of them" {

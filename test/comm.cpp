@@ -1,39 +1,716 @@
-// comm.cpp: the gradient reduction by buckets, ranks that were started with different flags, and each rank's share of the cores.
+// comm.cpp: the reduction of gradients against a scalar model, bit for bit, on 1 to 8 ranks; headroom, overlap, bytes; ranks that were started with
+// different flags, and each rank's share of the cores.
+//
+// Every rank can say what any rank's gradients are, so each computes the result by itself: from tables of the formats' values and searches in them, in
+// the order of operations that comm.cuh and gradient.cuh promise, and with none of their functions.
 #include "../comm.cuh"
+#include "../adam_fp8.cuh"  // its norm counts the codes at the maximum and decides whether to step
 #include "launch.h"
+#include <algorithm>
+#include <vector>
+
+// ---- formats, as tables of values ----
+
+struct Format {
+    std::vector<double> values;  // by code, without the sign; ascending
+    int mantissa, bias;
+    uint32_t sign, not_a_number;
+};
+
+static Format make_format(int mantissa, int bias, uint32_t codes, uint32_t sign, uint32_t not_a_number) {
+    Format f;
+    for (uint32_t c = 0; c < codes; c++) {
+        int e = (int)(c >> mantissa), m = (int)(c & ((1u << mantissa) - 1));
+        f.values.push_back(e == 0 ? ldexp(m, 1 - bias - mantissa) : ldexp(1.0 + ldexp(m, -mantissa), e - bias));
+    }
+    f.mantissa = mantissa;
+    f.bias = bias;
+    f.sign = sign;
+    f.not_a_number = not_a_number;
+    return f;
+}
+
+static const Format& format_of(DType t) {
+    static const Format e4m3_format = make_format(3, 7, 0x7f, 0x80, 0x7f), e5m2_format = make_format(2, 15, 0x7c, 0x80, 0x7f);
+    static const Format half_format = make_format(10, 15, 0x7c00, 0x8000, 0x7fff);
+    static const Format bf16_format = make_format(7, 127, 0x7f81, 0x8000, 0x7fff);  // its last value, 2^128, is inf's place: what rounds to it is inf
+    return t == E4M3 ? e4m3_format : t == E5M2 ? e5m2_format : t == FP16 ? half_format : bf16_format;
+}
+
+// The code of the nearest value, the even code of two as near; beyond the last, the last
+static uint32_t encoded(DType t, double x) {
+    if (t == FP32) { float f = (float)x; uint32_t u; memcpy(&u, &f, 4); return u; }
+    const Format& f = format_of(t);
+    if (isnan(x)) { return f.not_a_number; }
+    double a = fabs(x);
+    uint32_t last = (uint32_t)f.values.size() - 1, code = last;
+    if (a < f.values[last]) {
+        const double* v = f.values.data();
+        uint32_t binade = a == 0.0 ? 0 : (uint32_t)std::max(0, ilogb(a) + f.bias) << f.mantissa;  // its values are evenly spaced
+        code = binade + (uint32_t)((a - v[binade]) / (v[binade + 1] - v[binade]));               // that of the value below
+        double below = a - v[code], above = v[code + 1] - a;
+        code += above < below || (above == below && code % 2 == 1);
+    }
+    return signbit(x) ? code | f.sign : code;
+}
+
+static float decoded(DType t, uint32_t code) {
+    if (t == FP32) { float f; memcpy(&f, &code, 4); return f; }
+    const Format& f = format_of(t);
+    uint32_t u = code & (f.sign - 1);
+    if (u >= f.values.size()) { return NAN; }
+    float v = t == BF16 && u == 0x7f80 ? INFINITY : (float)f.values[u];
+    return code & f.sign ? -v : v;
+}
+
+// received + own, as a ring's hop adds
+static uint32_t hop_slowly(DType t, uint32_t received, uint32_t own) {
+    if (!is_fp8(t)) { return encoded(t, decoded(t, received) + decoded(t, own)); }
+    double sum = (double)decoded(t, received) + (double)decoded(t, own);  // exact
+    return encoded(t, isnan(sum) ? NAN : (double)decoded(FP16, encoded(FP16, sum)));
+}
+
+static uint32_t hop(DType t, uint32_t received, uint32_t own) {
+    if (!is_fp8(t)) { return hop_slowly(t, received, own); }
+    static std::vector<uint8_t> tables[2];
+    std::vector<uint8_t>& table = tables[t == E5M2];
+    if (table.empty()) {
+        for (uint32_t i = 0; i < 65536; i++) { table.push_back((uint8_t)hop_slowly(t, i >> 8, i & 0xff)); }
+    }
+    return table[received << 8 | own];
+}
+
+static double largest_value(DType t) { return t == E4M3 ? 448.0 : 57344.0; }
+static bool at_maximum(DType t, uint32_t code) { return is_fp8(t) && (code & 0x7f) == (t == E4M3 ? 0x7eu : 0x7bu); }
+
+// 2^floor(log2(largest/amax)); 0: not finite; FLT_MAX: all zero
+static float scale_for(DType t, float amax) {
+    if (!isfinite(amax)) { return 0.0f; }
+    if (amax == 0.0f) { return FLT_MAX; }
+    return ldexpf(1.0f, std::min(126, std::max(-126, ilogb(largest_value(t) / (double)amax))));
+}
+
+// ---- inputs ----
+
+// What a tensor's gradients are like
+enum Kind {
+    SPREAD, HUGE_ELEMENT, TINY, ZERO, ZERO_ON_SOME, TOPS, A_NAN, INF_ON_LAST, FLOAT_MAX, FALLING_BY_RANK, TIES, MINUS_INF, KINDS
+};
+
+static float input(Kind kind, int step, int t, int rank, int ranks, size_t n, size_t i) {
+    uint64_t shared = mix64((uint64_t)t << 56 ^ (uint64_t)step << 40 ^ (uint64_t)i), h = mix64(shared + (uint64_t)rank);
+    float sign = h & 1 ? -1.0f : 1.0f, shared_sign = shared & 1 ? -1.0f : 1.0f, m = 1.0f + (float)(h >> 40) * 0x1p-24f;
+    float spread = sign * m * exp2_int(-(int)((h >> 1) % 24) - 3 * t);
+    switch (kind) {
+        case HUGE_ELEMENT: return i == n / 2 && rank == step % ranks ? sign * 1e30f : sign * m * 1e-3f;
+        case TINY: return sign * m * 1e-40f;
+        case ZERO: return sign * 0.0f;
+        case ZERO_ON_SOME: return (rank + step) % 2 ? sign * 0.0f : spread;
+        case TOPS: return shared_sign * 0x1.cp-5f;  // the largest code, on every rank
+        case A_NAN: return i == n - 1 && rank == step % ranks ? NAN : spread;
+        case INF_ON_LAST: return i == 0 && rank == ranks - 1 ? INFINITY : spread;
+        case MINUS_INF: return i == n / 3 && rank == 0 ? -INFINITY : spread;
+        case FLOAT_MAX: return shared_sign * FLT_MAX;
+        case FALLING_BY_RANK: return sign * m * exp2_int(-5 * rank - (int)((h >> 1) % 4));
+        case TIES: return (float)((int)((h >> 8) % 129) - 64) * 0x1p-7f;
+        default: return spread;
+    }
+}
+
+// ---- the model ----
+
+struct Inputs {                       // of one tensor
+    std::vector<uint32_t> codes[8];   // by rank, in the accumulator's format
+    float descale[8];                 // of an FP8 accumulator, else 1
+};
+
+struct Expected {
+    std::vector<uint32_t> codes;
+    float descale, scale;             // its slot
+    double underflow, sent_tops, tops;  // numbers of codes, over all ranks
+};
+
+// Where a tensor lies in what is cut into parts
+struct Place { size_t first, part; };
+
+static std::vector<Place> places_of(const ParamTable* table, int ranks) {
+    std::vector<Place> places((size_t)table->count);
+    for (int i = 0; i < table->count; i++) {
+        size_t total = 0;
+        for (int k = 0; k < table->count; k++) {  // all that travel with tensor i
+            const Param *p = &table->items[i], *q = &table->items[k];
+            bool vectors = p->format_class == VECTOR && q->format_class == VECTOR, neither = p->format_class != VECTOR && q->format_class != VECTOR;
+            if (!(vectors || (neither && p->layer == q->layer)) || p->accum != q->accum || p->wire != q->wire) { continue; }
+            if (k == i) { places[(size_t)i].first = total; }
+            total += ((size_t)(q->rows * q->cols) + 63) / 64 * 64;
+        }
+        size_t multiple = 64 * (size_t)ranks;
+        places[(size_t)i].part = (total + multiple - 1) / multiple * multiple / (size_t)ranks;
+    }
+    return places;
+}
+
+static Expected model(const Param* p, const Inputs& in, Place place, int ranks, GradReduce algorithm, float mu) {
+    const size_t n = in.codes[0].size();
+    const DType wire = p->wire;
+    const bool fp8 = is_fp8(wire);
+    Expected out = {std::vector<uint32_t>(n), 1.0f, 1.0f, 0.0, 0.0, 0.0};
+    static std::vector<float> values[8];
+    static std::vector<uint32_t> sent[8];
+    float own[8], least = INFINITY;
+    for (int r = 0; r < ranks; r++) {
+        float amax = 0.0f;
+        values[r].clear();
+        for (uint32_t c : in.codes[r]) {
+            float x = decoded(p->accum, c);
+            values[r].push_back(x);
+            if (!(fabsf(x) <= amax)) { amax = isnan(amax) ? amax : fabsf(x); }
+        }
+        own[r] = scale_for(wire, amax * in.descale[r]);
+        least = std::min(least, own[r]);
+        if (own[r] == FLT_MAX) { own[r] = 1.0f; }
+    }
+    if (least == FLT_MAX) { least = 1.0f; }
+    float shared = std::max(mu * least, 0x1p-126f);
+    bool finite = least != 0.0f;
+    auto set_slot_of = [&](float scale) {
+        out.descale = scale == 0.0f ? NAN : 1.0f / scale;
+        out.scale = scale == 0.0f ? NAN : scale;
+    };
+    for (int r = 0; r < ranks; r++) {
+        sent[r].clear();
+        float k = !fp8 ? 1.0f : algorithm == REDUCE_DIRECT ? own[r] : finite ? shared : NAN;
+        if (p->accum == E4M3) { k = in.descale[r] * k; }
+        for (float x : values[r]) {
+            uint32_t c = encoded(wire, x * k);
+            sent[r].push_back(c);
+            out.underflow += fp8 && x != 0.0f && (c & 0x7f) == 0;
+            out.sent_tops += at_maximum(wire, c);
+        }
+    }
+    if (algorithm == REDUCE_RING) {
+        if (fp8) { set_slot_of(finite ? shared : 0.0f); }
+        for (size_t i = 0; i < n; i++) {
+            int owner = (int)((place.first + i) / place.part);
+            uint32_t sum = sent[(owner + 1) % ranks][i];
+            for (int k = 2; k <= ranks; k++) { sum = hop(wire, sum, sent[(owner + k) % ranks][i]); }
+            out.codes[i] = sum;
+        }
+    } else {
+        std::vector<float> sums;
+        float amax = 0.0f;
+        for (size_t i = 0; i < n; i++) {
+            float sum = 0.0f;
+            for (int r = 0; r < ranks; r++) {
+                float x = decoded(wire, sent[r][i]) * (!fp8 ? 1.0f : own[r] == 0.0f ? NAN : 1.0f / own[r]);
+                sum = r == 0 ? x : sum + x;
+            }
+            sums.push_back(sum);
+            if (!(fabsf(sum) <= amax)) { amax = isnan(amax) ? amax : fabsf(sum); }
+        }
+        if (fp8) {
+            float scale = scale_for(wire, amax);
+            set_slot_of(scale == FLT_MAX ? 1.0f : scale);
+        }
+        for (size_t i = 0; i < n; i++) { out.codes[i] = encoded(wire, sums[i] * out.scale); }
+    }
+    for (uint32_t c : out.codes) { out.tops += at_maximum(wire, c); }
+    return out;
+}
+
+// ---- a reduction as the trainer makes it ----
+
+static uint64_t hash_of(uint64_t h, const void* data, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++) { h = (h ^ ((const unsigned char*)data)[i]) * 1099511628211ull; }
+    return h;
+}
+
+template <class T> static std::vector<T> from_device(const T* d, size_t n) {
+    std::vector<T> host(n);
+    if (n > 0) { copy_to_host(host.data(), d, n * sizeof(T), NULL); }
+    stream_sync(NULL);
+    return host;
+}
+template <class T> static void onto_device(T* d, const std::vector<T>& host) {
+    copy_to_device(d, host.data(), host.size() * sizeof(T), NULL);
+    stream_sync(NULL);
+}
+
+typedef float (*InputOf)(int step, int t, int rank, int ranks, size_t n, size_t i);
+
+// all kinds meet all tensors in time
+static Kind kind_of(int step, int t) { return (Kind)((t + 5 * step) % KINDS); }
+static float mixed_input(int step, int t, int rank, int ranks, size_t n, size_t i) { return input(kind_of(step, t), step, t, rank, ranks, n, i); }
+
+static bool same_float(float a, float b) { return memcmp(&a, &b, 4) == 0 || (isnan(a) && isnan(b)); }
+
+constexpr size_t MODELLED = 100000;  // elements: longer tensors are compared over the ranks alone
+
+struct Trial {
+    Group* g;
+    ParamTable* table;
+    ReductionConfig config;
+    InputOf input_of = mixed_input;
+    bool patient = false;  // wait for each layer's buckets before the next is filled
+    int steps_done = 0;
+    const char* name = "";
+    Memory memory = {};
+    Reduction r;
+    Optimizer optimizer = {};
+    float* loss = NULL;
+    std::vector<Place> places;
+    std::vector<float> mu;         // the model's
+    std::vector<Expected> expected;
+    StepRecord record = {};
+
+    Trial(Group* group, ParamTable* params, ReductionConfig c) : g(group), table(params), config(c) {
+        reduction_plan(&r, g, table, config);
+        for (int run = 0; run < 2; run++) {
+            reduction_allocate(&r, &memory);
+            optimizer_allocate(&optimizer, table, false, &memory);
+            loss = memory_take<float>(&memory, WORKSPACE, 1);
+            if (run == 0) { memory_commit(&memory); }
+        }
+        memory_check(&memory);
+        for (int k = 0; k < MEMORY_CATEGORIES; k++) {  // what nobody has written is NaN in every format
+            if (memory.bytes[k] > 0) { onto_device((unsigned char*)memory.block[k], std::vector<unsigned char>(memory.bytes[k], 0xff)); }
+        }
+        reduction_start_up(&r);
+        optimizer_reset(&optimizer, table, NULL);
+        onto_device(loss, std::vector<float>(1, 1.0f));
+        places = places_of(table, g->size);
+        float ranks = (float)g->size;
+        float first = config.scaling == SCALING_PRE ? 1.0f / ranks : config.scaling == SCALING_POST ? 1.0f : 1.0f / sqrtf(ranks);
+        mu.assign((size_t)table->count, config.algorithm == REDUCE_RING ? first : 1.0f);
+        check_plan();
+    }
+    ~Trial() {
+        reduction_free(&r);
+        memory_release(&memory);
+    }
+
+    // Every tensor is in one bucket, with its own kind, where the model expects it
+    void check_plan() const {
+        std::vector<int> seen((size_t)table->count);
+        int of_vectors = 0;
+        for (int k = 0; k < r.bucket_count; k++) {
+            const Bucket* b = &r.buckets[k];
+            size_t end = 0;
+            of_vectors += b->layer == ALL_LAYERS;
+            CHECK(b->count > 0 && !b->started && b->elements % (64 * (size_t)g->size) == 0, "bucket %d", k);
+            for (int i = 0; i < b->count; i++) {
+                const BucketTensor* t = &r.tensors[b->first + i];
+                const Param* p = &table->items[t->param];
+                seen[(size_t)t->param]++;
+                CHECK(t->first % 64 == 0 && t->first >= end && t->first == places[(size_t)t->param].first, "%s", p->name);
+                CHECK(b->elements == places[(size_t)t->param].part * (size_t)g->size, "%s", p->name);
+                CHECK(p->accum == b->accum && p->wire == b->wire, "%s", p->name);
+                CHECK(b->layer == (p->format_class == VECTOR ? ALL_LAYERS : p->layer), "%s", p->name);
+                CHECK(p->grad_dtype == (g->size > 1 ? p->wire : p->accum), "%s", p->name);
+                CHECK((char*)p->accumulator == b->memory + t->first * (size_t)dtype_bytes(p->accum), "%s", p->name);
+                CHECK((char*)p->grad == b->memory + t->first * (size_t)dtype_bytes(p->grad_dtype), "%s", p->name);
+                end = t->first + param_elements(p);
+            }
+            CHECK(end <= b->elements, "bucket %d", k);
+        }
+        CHECK(of_vectors == 1, "%d", of_vectors);
+        for (int i = 0; i < table->count; i++) { CHECK(seen[(size_t)i] == 1, "%s", table->items[i].name); }
+    }
+
+    std::vector<uint32_t> accumulated(int step, int t, int rank, float* descale) const {
+        const Param* p = &table->items[t];
+        size_t n = param_elements(p);
+        std::vector<float> values(n);
+        float amax = 0.0f, scale = 1.0f;
+        for (size_t i = 0; i < n; i++) {
+            values[i] = input_of(step, t, rank, g->size, n, i);
+            if (!isnan(values[i])) { amax = std::max(amax, fabsf(values[i])); }
+        }
+        if (p->accum == E4M3) {  // an accumulator that met an inf is NaN throughout; a NaN among others may also come out of a product
+            scale = amax == 0.0f ? ldexpf(1.0f, rank - 3) : isinf(amax) ? NAN : scale_for(E4M3, amax);
+        }
+        *descale = 1.0f / scale;
+        std::vector<uint32_t> codes;
+        for (float x : values) { codes.push_back(encoded(p->accum, x * scale)); }
+        return codes;
+    }
+
+    void write_accumulator(int t, const std::vector<uint32_t>& codes, float descale) const {
+        Param* p = &table->items[t];
+        size_t bytes = (size_t)dtype_bytes(p->accum);
+        std::vector<unsigned char> host(codes.size() * bytes);
+        for (size_t i = 0; i < codes.size(); i++) { memcpy(&host[i * bytes], &codes[i], bytes); }
+        onto_device((unsigned char*)p->accumulator, host);
+        if (p->accum == E4M3) { onto_device(p->accum_slot, std::vector<float>{descale, 1.0f / descale, 1.0f, 0.0f}); }
+    }
+
+    void check_gradient(int t) const {
+        const Param* p = &table->items[t];
+        const Expected& e = expected[(size_t)t];
+        size_t bytes = (size_t)dtype_bytes(p->wire);
+        if (param_elements(p) > MODELLED) { return; }
+        std::vector<unsigned char> got = from_device((const unsigned char*)p->grad, e.codes.size() * bytes);
+        for (size_t i = 0; i < e.codes.size(); i++) {
+            uint32_t code = 0;
+            memcpy(&code, &got[i * bytes], bytes);
+            bool same = code == e.codes[i] || (p->wire == FP32 && same_float(decoded(FP32, code), decoded(FP32, e.codes[i])));
+            CHECK(same, "%s, step %d, %s, element %zu: %x, not %x", name, steps_done, p->name, i, code, e.codes[i]);
+        }
+        std::vector<float> slot = from_device(p->grad_slot, 4);
+        CHECK(same_float(slot[0], e.descale) && same_float(slot[1], e.scale), "%s, step %d, %s: {%a %a}, not {%a %a}", name, steps_done, p->name,
+            (double)slot[0], (double)slot[1], (double)e.descale, (double)e.scale);
+    }
+
+    void start_layer(int layer) {
+        for (int again = 0; again < 2; again++) {  // a bucket starts once
+            int before = r.queued;
+            reduction_start(&r, layer, NULL);
+            CHECK(again == 0 || r.queued == before, "layer %d", layer);
+        }
+        for (int i = 0; i < r.queued; i++) {
+            for (int k = 0; k < i; k++) { CHECK(r.queue[i] != r.queue[k], "bucket %d started twice", r.queue[i]); }
+        }
+        // every rank at its own pace
+        for (uint64_t polls = mix64((uint64_t)(steps_done * 8 + g->rank)) % 4; polls > 0; polls--) { reduction_poll(&r); }
+    }
+
+    void step() {
+        const int ranks = g->size, n = table->count, at = steps_done;
+        std::vector<Inputs> in((size_t)n);
+        expected.clear();
+        int first_layer = 0, last_layer = 0;
+        bool fp8 = false;
+        for (int t = 0; t < n; t++) {
+            const Param* p = &table->items[t];
+            Inputs& x = in[(size_t)t];
+            bool modelled = param_elements(p) <= MODELLED;
+            for (int rank = 0; rank < ranks; rank++) {
+                if (modelled || rank == g->rank) { x.codes[rank] = accumulated(at, t, rank, &x.descale[rank]); }
+            }
+            expected.push_back(modelled ? model(p, x, places[(size_t)t], ranks, config.algorithm, mu[(size_t)t]) : Expected{});
+            first_layer = std::min(first_layer, p->layer);
+            last_layer = std::max(last_layer, p->layer);
+            fp8 = fp8 || is_fp8(p->wire);
+        }
+        uint64_t sent[COMM_OPERATIONS];
+        memcpy(sent, g->bytes_sent, sizeof(sent));
+        // as a backward pass does: from the last layer to the first, then the vectors
+        for (int layer = last_layer; layer >= first_layer; layer--) {
+            for (int t = 0; t < n; t++) {
+                const Inputs& x = in[(size_t)t];
+                bool here = table->items[t].format_class != VECTOR && table->items[t].layer == layer;
+                if (here) { write_accumulator(t, x.codes[g->rank], x.descale[g->rank]); }
+            }
+            if (at % 3 == 1 && layer % 2 == 0 && !patient) { continue; }  // left to reduction_finish
+            start_layer(layer);
+            if (!patient) { continue; }
+            double limit = wall_seconds() + 20.0;
+            while (r.next < r.queued && wall_seconds() < limit) { reduction_poll(&r); }
+            CHECK(r.next == r.queued && r.queued > 0, "layer %d: %d of %d buckets", layer, r.next, r.queued);
+            stream_sync(r.stream);
+            for (int t = 0; t < n; t++) {
+                if (table->items[t].format_class != VECTOR && table->items[t].layer == layer) { check_gradient(t); }
+            }
+        }
+        for (int t = 0; t < n; t++) {
+            if (table->items[t].format_class == VECTOR) { write_accumulator(t, in[(size_t)t].codes[g->rank], in[(size_t)t].descale[g->rank]); }
+        }
+        reduction_finish(&r, NULL);
+        stream_sync(NULL);
+        CHECK(r.queued == 0 && r.next == 0 && r.phase == 0);
+        for (int k = 0; k < r.bucket_count; k++) { CHECK(!r.buckets[k].started, "bucket %d", k); }
+        for (uint32_t amax : from_device(r.amax, (size_t)n)) { CHECK(amax == 0); }
+        check_bytes(sent);
+        for (int t = 0; t < n; t++) { check_gradient(t); }
+        uint64_t sums_before = g->bytes_sent[ALL_REDUCE_SUM];
+        reduction_count(&r, NULL);
+        optimizer_decide(&optimizer, table, r.slots, loss, DecisionRules{0.9, 0.95, 0.0f, 0.0f, 0.0f}, NULL);
+        reduction_adapt(&r, optimizer.tops, NULL);
+        stream_sync(NULL);
+        if (g->transport != OVER_NCCL) { CHECK((g->bytes_sent[ALL_REDUCE_SUM] > sums_before) == fp8); }
+        record = from_device(&optimizer.state->record, 1)[0];
+        std::vector<double> tops = from_device(optimizer.tops, (size_t)n);
+        std::vector<float> mus = from_device(r.mu, (size_t)n);
+        std::vector<TensorStatistics> statistics = from_device(r.statistics, (size_t)n);
+        bool broken = false;
+        for (int t = 0; t < n; t++) {
+            const Param* p = &table->items[t];
+            const Expected& e = expected[(size_t)t];
+            float& m = mu[(size_t)t];
+            double elements = (double)param_elements(p), all = elements * ranks;
+            if (param_elements(p) > MODELLED) { m = mus[(size_t)t]; continue; }
+            broken = broken || isnan(e.scale);
+            CHECK(tops[(size_t)t] == e.tops, "%s, step %d, %s: %g at the maximum, not %g", name, at, p->name, tops[(size_t)t], e.tops);
+            if (!is_fp8(p->wire)) { continue; }
+            if (config.algorithm == REDUCE_RING && config.scaling == SCALING_AUTO && !isnan(e.scale)) {
+                m = e.tops > std::max(1.0, 1e-5 * elements) ? m * 0.5f : (float)((double)m * 1.0006933874625806);
+                m = std::min(1.0f, std::max(1.0f / (float)ranks, m));
+            }
+            CHECK(same_float(mus[(size_t)t], m), "%s, step %d, %s: headroom %a, not %a", name, at, p->name, (double)mus[(size_t)t], (double)m);
+            const TensorStatistics& s = statistics[(size_t)t];
+            float saturated = (float)(config.algorithm == REDUCE_RING ? e.tops / elements : e.sent_tops / all);
+            CHECK(s.underflow == (float)(e.underflow / all) && s.saturated == saturated && s.mu == m,
+                "%s, step %d, %s: {%a %a %a}, not {%a %a %a}", name, at, p->name, (double)s.underflow, (double)s.saturated, (double)s.mu,
+                e.underflow / all, (double)saturated, (double)m);
+        }
+        CHECK(!broken || record.skipped == SKIP_NON_FINITE_NORM, "%s, step %d: %d", name, at, record.skipped);
+        if (fp8) { check_same_everywhere(mus, statistics); }
+        else { check_same_everywhere({}, {}); }
+        steps_done++;
+    }
+
+    void check_same_everywhere(const std::vector<float>& mus, const std::vector<TensorStatistics>& statistics) const {
+        uint64_t h = 1469598103934665603ull, all[8];
+        for (int t = 0; t < table->count; t++) {
+            const Param* p = &table->items[t];
+            size_t bytes = param_elements(p) * (size_t)dtype_bytes(p->wire);
+            h = hash_of(h, from_device((const unsigned char*)p->grad, bytes).data(), bytes);
+        }
+        std::vector<float> slots = from_device(r.slots, 4 * (size_t)table->count);
+        h = hash_of(h, slots.data(), slots.size() * 4);
+        h = hash_of(h, mus.data(), mus.size() * 4);
+        h = hash_of(h, statistics.data(), statistics.size() * sizeof(TensorStatistics));
+        h = hash_of(h, &record, sizeof(record));
+        host_all_gather(g, all, &h, sizeof(h));
+        for (int k = 0; k < g->size; k++) { CHECK(all[k] == h, "%s, step %d: rank %d holds other bytes", name, steps_done, k); }
+    }
+
+    // What this step has sent
+    void check_bytes(const uint64_t* before) const {
+        uint64_t want[COMM_OPERATIONS] = {}, peers = (uint64_t)g->size - 1, scales = 0;
+        for (int k = 0; k < r.bucket_count; k++) {
+            const Bucket* b = &r.buckets[k];
+            uint64_t part = places[(size_t)r.tensors[b->first].param].part * (uint64_t)dtype_bytes(b->wire);
+            want[config.algorithm == REDUCE_RING ? REDUCE_SCATTER : ALL_TO_ALL] += peers * part;
+            want[ALL_GATHER] += peers * part;
+            if (is_fp8(b->wire)) { scales += (8 + (config.algorithm == REDUCE_DIRECT ? 4 * peers : 0)) * (((uint64_t)b->count + 15) / 16 * 16); }
+        }
+        for (int op = 0; op < COMM_OPERATIONS; op++) {
+            uint64_t sent = g->bytes_sent[op] - before[op];
+            if (op == SCALES) { CHECK(sent <= scales && (sent > 0) == (scales > 0), "%" PRIu64 " bytes of scales, at most %" PRIu64, sent, scales); }
+            else { CHECK(sent == want[op], "%s: %" PRIu64 " bytes, not %" PRIu64, comm_names[op], sent, want[op]); }
+        }
+    }
+};
+
+// ---- tables ----
+
+static void add_tensor(ParamTable* table, const char* name, int layer, int64_t n, FormatClass format_class, DType accum, DType wire) {
+    Param* p = param_add(table, name, layer, 1, n, format_class, FP32);
+    p->accum = format_class == VECTOR ? FP32 : accum;
+    p->wire = format_class == VECTOR ? FP32 : wire;
+}
+
+// Lengths at and beside multiples of everything; a layer of one element, one with two formats, vectors in all layers
+static ParamTable* awkward_table(DType accum, DType wire) {
+    ParamTable* table = (ParamTable*)host_alloc(sizeof(ParamTable));
+    table->count = 0;
+    table->elements = 0;
+    add_tensor(table, "wte", -1, 10007, EMBEDDING, accum, wire);
+    add_tensor(table, "wpe", -1, 7, EMBEDDING, accum, wire);
+    add_tensor(table, "h0.ln", 0, 65, VECTOR, accum, wire);
+    add_tensor(table, "h0.a", 0, 63, MATRIX, accum, wire);
+    add_tensor(table, "h0.b", 0, 4097, MATRIX, accum, wire);
+    add_tensor(table, "h1.ln", 1, 1, VECTOR, accum, wire);
+    add_tensor(table, "h1.a", 1, 64, MATRIX, accum, wire);
+    add_tensor(table, "h1.b", 1, 1, MATRIX, accum, wire);
+    add_tensor(table, "h1.c", 1, 300, MATRIX, FP32, BF16);
+    add_tensor(table, "h1.d", 1, 65, MATRIX, accum, wire);
+    add_tensor(table, "h2.a", 2, 4096, MATRIX, accum, wire);
+    add_tensor(table, "lnf", 3, 200, VECTOR, accum, wire);
+    add_tensor(table, "head", 3, 1, MATRIX, accum, wire);
+    return table;
+}
 
 // ---- what the ranks check ----
 
-static float gradient(int rank, size_t i) { return (float)((i * 2654435761u + (size_t)rank * 40503u) % 100003) * 0.37f - 18000.0f; }
+static const char* const scaling_names[] = {"pre", "post", "sqrt", "auto"};
 
-static void check_reduction(Group* g) {
-    const Bucket buckets[] = {
-        {0, 70001, "embedding"}, {70001, 1, "layer 0"}, {70002, 0, "layer 1"}, {70002, 999, "layer 2"}, {71001, 300000, "head"}
-    };
-    const int n = 5;
-    const size_t elements = 371001;
-    check_buckets(buckets, n, elements);
-    float* host = (float*)host_alloc((elements + 8) * 4);
-    for (size_t i = 0; i < elements + 8; i++) { host[i] = gradient(g->rank, i); }
-    float* data = (float*)device_alloc((elements + 8) * 4);
-    copy_to_device(data, host, (elements + 8) * 4, NULL);
-    uint64_t before = g->bytes_sent[ALL_REDUCE_SUM], sent = 0;
-    reduce_gradients(g, data, buckets, n, NULL);
-    copy_to_host(host, data, (elements + 8) * 4, NULL);
-    for (size_t i = 0; i < elements; i++) {
-        float sum = gradient(0, i), size = fabsf(sum);
-        for (int r = 1; r < g->size; r++) { sum += gradient(r, i), size += fabsf(gradient(r, i)); }
-        float allowed = g->transport == OVER_NCCL ? 2.0f * (float)g->size * 0x1p-24f * size : 0.0f;
-        CHECK(fabsf(host[i] - sum) <= allowed, "i = %zu: %a, not %a", i, (double)host[i], (double)sum);
+template <class F> static void each_mode(F f) {
+    const DType formats[] = {FP32, BF16, E4M3, E5M2};
+    for (DType accum : {FP32, BF16, E4M3}) {
+        for (DType wire : formats) {
+            if (dtype_bytes(wire) > dtype_bytes(accum)) { continue; }
+            for (GradScaling scaling : {SCALING_PRE, SCALING_POST, SCALING_SQRT, SCALING_AUTO}) {
+                if (is_fp8(wire) || scaling == SCALING_AUTO) { f(accum, wire, ReductionConfig{scaling, REDUCE_RING}); }
+            }
+            f(accum, wire, ReductionConfig{SCALING_AUTO, REDUCE_DIRECT});
+        }
     }
-    for (size_t i = elements; i < elements + 8; i++) { CHECK(host[i] == gradient(g->rank, i), "beyond the last bucket, i = %zu", i); }
-    for (int i = 0; i < n; i++) {
-        uint64_t own = buckets[i].count / (uint64_t)g->size + ((uint64_t)g->rank < buckets[i].count % (uint64_t)g->size ? 1 : 0);
-        sent += 4 * (buckets[i].count - own + own * (uint64_t)(g->size - 1));
+}
+
+static void check_modes(Group* g, int steps) {
+    each_mode([=](DType accum, DType wire, ReductionConfig config) {
+        char name[64];
+        snprintf(name, sizeof(name), "%s, %s, %s, %s", dtype_names[accum], dtype_names[wire], config.algorithm == REDUCE_RING ? "ring" : "direct",
+            scaling_names[config.scaling]);
+        ParamTable* table = awkward_table(accum, wire);
+        {
+            Trial trial(g, table, config);
+            trial.name = name;
+            for (int i = 0; i < steps; i++) { trial.step(); }
+        }
+        free(table);
+    });
+}
+
+// Alone: the gradients are the accumulators, and nothing is sent
+static void check_alone(Group* g) {
+    each_mode([=](DType accum, DType wire, ReductionConfig config) {
+        ParamTable* table = awkward_table(accum, wire);
+        {
+            Trial trial(g, table, config);
+            for (int step = 0; step < 2; step++) {
+                std::vector<std::vector<unsigned char>> before;
+                for (int t = 0; t < table->count; t++) {
+                    float descale = 1.0f;
+                    std::vector<uint32_t> codes = trial.accumulated(step, t, 0, &descale);
+                    trial.write_accumulator(t, codes, descale);
+                    const Param* p = &table->items[t];
+                    CHECK(p->grad == p->accumulator && p->grad_slot == p->accum_slot && p->grad_dtype == p->accum, "%s", p->name);
+                }
+                const Memory& m = trial.memory;
+                for (int k = 0; k < MEMORY_CATEGORIES; k++) { before.push_back(from_device((unsigned char*)m.block[k], m.bytes[k])); }
+                for (int layer = 3; layer >= -1; layer--) { reduction_start(&trial.r, layer, NULL); }
+                reduction_poll(&trial.r);
+                reduction_finish(&trial.r, NULL);
+                reduction_count(&trial.r, NULL);
+                reduction_adapt(&trial.r, NULL, NULL);
+                for (int k = 0; k < MEMORY_CATEGORIES; k++) {
+                    CHECK(from_device((unsigned char*)m.block[k], m.bytes[k]) == before[(size_t)k], "%s", memory_names[k]);
+                }
+            }
+            CHECK(trial.memory.bytes[COMMUNICATION] == 0);
+        }
+        free(table);
+    });
+    for (int op = 0; op < COMM_OPERATIONS; op++) { CHECK(g->bytes_sent[op] == 0, "%s", comm_names[op]); }
+}
+
+// ---- headroom ----
+
+// Of tensor 0, 3,000 elements, and 1, 200,001: how many elements overflow in sum in each step (-1: an inf on the last rank), and what that does to μ:
+// more than max(1, 1e-5·n) codes at the maximum halve it. Eight ranks: μ begins at 0.354 and may go down to 0.125.
+struct HeadroomStep { int tops[2]; const char* change; };
+static const HeadroomStep headroom_steps[] = {
+    {{2, 2}, "hg"}, {{1, 3}, "gh"}, {{0, 0}, "gg"}, {{-1, 0}, ".g"}, {{0, -1}, "g."}, {{0, 0}, "gg"}, {{5, 3}, "hh"}, {{5, 3}, "gg"}, {{2, 1}, "gg"},
+};
+
+static float headroom_input(int step, int t, int rank, int ranks, size_t n, size_t i) {
+    uint64_t h = mix64((uint64_t)step << 48 ^ (uint64_t)rank << 40 ^ (uint64_t)i);
+    int tops = t < 2 ? headroom_steps[step].tops[t] : 0;
+    if (t < 2 && i >= 100 && i < 100 + (size_t)ranks) { return i == 100 + (size_t)rank ? 1.5f : 0.0f; }  // every rank's amax, of no other rank
+    if (tops < 0 && rank == ranks - 1 && i == n / 2) { return INFINITY; }
+    if (i >= 200 && i < 200 + (size_t)max_of(tops, 0)) { return i % 2 ? 1.5f : -1.5f; }                   // the same on all ranks
+    return (float)((int)(h % 201) - 100) * 0x1p-15f;
+}
+
+static void check_headroom(Group* g) {
+    ParamTable* table = (ParamTable*)host_alloc(sizeof(ParamTable));
+    table->count = 0;
+    table->elements = 0;
+    {
+        add_tensor(table, "small", 0, 3000, MATRIX, FP32, E4M3);
+        add_tensor(table, "large", 1, 200001, MATRIX, FP32, E4M3);
+        add_tensor(table, "vector", 0, 65, VECTOR, FP32, FP32);
+        Trial trial(g, table, ReductionConfig{SCALING_AUTO, REDUCE_RING});
+        trial.name = "headroom";
+        trial.input_of = headroom_input;
+        float least = 1.0f / (float)g->size, mu[2] = {1.0f / sqrtf((float)g->size), 1.0f / sqrtf((float)g->size)};
+        for (const HeadroomStep& s : headroom_steps) {
+            trial.step();
+            std::vector<float> got = from_device(trial.r.mu, 2);
+            for (int t = 0; t < 2; t++) {
+                if (s.change[t] == 'h') { mu[t] = std::max(least, mu[t] * 0.5f); }
+                if (s.change[t] == 'g') { mu[t] = std::min(1.0f, (float)((double)mu[t] * 1.0006933874625806)); }
+                CHECK(same_float(got[(size_t)t], mu[t]), "step %d, tensor %d: %a, not %a", trial.steps_done - 1, t, (double)got[(size_t)t],
+                    (double)mu[t]);
+            }
+            bool finite = s.change[0] != '.' && s.change[1] != '.';  // all ranks skip the step, or none: the records were compared
+            CHECK(trial.record.skipped == (finite ? NOT_SKIPPED : SKIP_NON_FINITE_NORM), "step %d: %d", trial.steps_done - 1, trial.record.skipped);
+        }
+        CHECK(mu[0] > least && mu[0] < 1.01f * least, "the lower bound was not met: %a", (double)mu[0]);
     }
-    if (g->transport != OVER_NCCL) { CHECK(g->bytes_sent[ALL_REDUCE_SUM] - before == sent); }
-    device_free(data);
-    free(host);
+    free(table);
+}
+
+static float calm_input(int step, int t, int rank, int, size_t, size_t i) {
+    return (float)((int)(mix64((uint64_t)(step * 64 + t * 8 + rank) << 32 ^ (uint64_t)i) % 201) - 100) * (rank == 0 ? 1.0f : 0x1p-4f);
+}
+
+// Two ranks, without overflow: μ grows from 1/√2 to 1 in 500 steps, and no further
+static void check_growth(Group* g) {
+    ParamTable* table = (ParamTable*)host_alloc(sizeof(ParamTable));
+    table->count = 0;
+    table->elements = 0;
+    add_tensor(table, "one", 0, 65, MATRIX, BF16, E4M3);
+    add_tensor(table, "vector", 0, 1, VECTOR, FP32, FP32);
+    {
+        Trial trial(g, table, ReductionConfig{SCALING_AUTO, REDUCE_RING});
+        trial.input_of = calm_input;
+        trial.name = "growth";
+        double start = pow((double)g->size, -0.5);
+        int steps = (int)ceil(1000.0 * log2(1.0 / start)) + 3;
+        for (int i = 1; i <= steps; i++) {
+            trial.step();
+            float mu = from_device(trial.r.mu, 1)[0];
+            CHECK(fabs((double)mu - std::min(1.0, start * exp2(i / 1000.0))) < 1e-4, "step %d: %g", i, (double)mu);
+        }
+        CHECK(from_device(trial.r.mu, 1)[0] == 1.0f);
+    }
+    free(table);
+}
+
+// ---- overlap ----
+
+// Buckets are done before reduction_finish, by polls alone, and a rank that waits for another goes on with its own work
+static void check_overlap(Group* g) {
+    for (GradReduce algorithm : {REDUCE_RING, REDUCE_DIRECT}) {
+        ParamTable* table = awkward_table(FP32, E4M3);
+        {
+            Trial trial(g, table, ReductionConfig{SCALING_AUTO, algorithm});
+            trial.name = "overlap";
+            trial.patient = true;
+            for (int i = 0; i < 3; i++) { trial.step(); }
+#ifdef USE_MPI
+            if (g->transport == OVER_MPI) {
+                Reduction* r = &trial.r;
+                alarm(60);
+                if (g->rank == 1) { MPI_CHECK(MPI_Barrier(MPI_COMM_WORLD)); }  // starts when rank 0 has gone on
+                reduction_start(r, 2, NULL);
+                for (int i = 0; i < 20; i++) { reduction_poll(r); }
+                if (g->rank == 0) {
+                    CHECK(r->queued == 1 && r->next == 0, "%d of %d", r->next, r->queued);
+                    MPI_CHECK(MPI_Barrier(MPI_COMM_WORLD));
+                }
+                reduction_finish(r, NULL);
+                CHECK(reduction_waited(r) > 0.0 && reduction_waited(r) < 60.0, "%g s", reduction_waited(r));
+                alarm(0);
+            }
+#endif
+        }
+        free(table);
+    }
+}
+
+// Through pinned memory, as where ranks share a GPU; in the CPU build, too, its copies are made
+static void stage(Group* g) {
+#if defined(USE_MPI) && !defined(USE_CUDA)
+    g->transport = OVER_MPI_STAGED;
+    g->staging = (float*)host_alloc(COMM_STAGING_BYTES + comm_slots_bytes(g->size));
+    g->slots = g->staging + COMM_STAGING_BYTES / sizeof(float);
+#else
+    (void)g;
+#endif
+}
+
+static void unstage(Group* g) {
+#if defined(USE_MPI) && !defined(USE_CUDA)
+    free(g->staging);
+    g->staging = NULL;
+#else
+    (void)g;
+#endif
 }
 
 static int run_rank(const char* mode, const char* argument, int argc, char** argv) {
@@ -42,12 +719,23 @@ static int run_rank(const char* mode, const char* argument, int argc, char** arg
     Group group = group_world(&world, true);
     void* buffer = device_alloc(group_buffer_bytes(&group));
     group_set_buffer(&group, buffer);
-    if (strcmp(mode, "reduce") == 0) {
-        check_reduction(&group);
+    if (strcmp(mode, "modes") == 0) {
+        check_modes(&group, atoi(argument));
+    } else if (strcmp(mode, "alone") == 0) {
+        check_alone(&group);
+    } else if (strcmp(mode, "staged") == 0) {
+        stage(&group);
+        check_modes(&group, atoi(argument));
+        unstage(&group);
+    } else if (strcmp(mode, "headroom") == 0) {
+        check_headroom(&group);
+    } else if (strcmp(mode, "growth") == 0) {
+        check_growth(&group);
+        check_overlap(&group);
+    } else if (strcmp(mode, "flags") == 0) {
         require_same_everywhere(&group, "flags", "");
         require_same_everywhere(&group, "flags", "micro-batch=4");
         require_same_everywhere(&group, "flags", "micro-batch=4\nseq-len=64\n");
-        printf("held\n");
     } else {  // ranks from `first` on were started with something else
         int first = atoi(argument);
         bool odd = world.rank >= first;
@@ -58,6 +746,7 @@ static int run_rank(const char* mode, const char* argument, int argc, char** arg
         require_same_everywhere(&group, "flags", text);
         CHECK(false, "the ranks differ, and were not refused");
     }
+    printf("held\n");
     group_free(&group);
     device_free(buffer);
     world_finalize(&world);
@@ -66,13 +755,28 @@ static int run_rank(const char* mode, const char* argument, int argc, char** arg
 
 // ---- the tests ----
 
-static void gradients_are_summed_bucket_by_bucket(void**) {
-    const int counts[] = {1, 2, 3, 4, 5, 8};
-    for (int ranks : counts) {
-        if (!can_launch(ranks)) { skip(); }
-        expect_ranks(ranks, "reduce", "0", NULL, 60, 0);
-    }
+static void expect_all(int ranks, const char* mode, const char* argument) {
+    if (!can_launch(ranks)) { skip(); }
+    Launched l = expect_ranks(ranks, mode, argument, NULL, 120, 0);
+    int held = 0;
+    for (const char* p = l.out; (p = strstr(p, "held\n")) != NULL; p++) { held++; }
+    assert_int_equal(held, ranks);
 }
+
+static void one_rank_reduces_nothing(void**) { expect_all(1, "alone", "0"); }
+
+static void reduced_gradients_are_those_of_the_model_bit_for_bit(void**) {
+    const struct { int ranks; const char* steps; } cases[] = {{2, "5"}, {3, "4"}, {4, "4"}, {8, "2"}};
+    for (auto& c : cases) { expect_all(c.ranks, "modes", c.steps); }
+}
+
+static void staged_gradients_are_the_same(void**) { expect_all(3, "staged", "2"); }
+
+static void headroom_halves_where_sums_overflow_and_outlives_an_inf(void**) { expect_all(8, "headroom", "0"); }
+
+static void headroom_grows_to_1_and_buckets_travel_meanwhile(void**) { expect_all(2, "growth", "0"); }
+
+static void ranks_with_the_same_flags_start(void**) { expect_all(3, "flags", "0"); }
 
 static void ranks_with_different_flags_are_refused(void**) {
     const struct { int ranks; const char *mode, *first, *line; } cases[] = {
@@ -111,16 +815,28 @@ static int ends(void (*f)(void), char* said, size_t size) {
     return WEXITSTATUS(status);
 }
 
-static void buckets_with_a_gap_an_overlap_or_a_short_end_are_refused(void**) {
+// A table with one tensor of these formats, and the plan of its reduction
+static void plan_one(DType accum, DType wire) {
+    ParamTable* table = (ParamTable*)host_alloc(sizeof(ParamTable));
+    table->count = 0;
+    table->elements = 0;
+    add_tensor(table, "h0.qkvw", 0, 10, MATRIX, accum, wire);
+    Group g = {};
+    g.size = 2;
+    Reduction r;
+    reduction_plan(&r, &g, table, ReductionConfig{SCALING_AUTO, REDUCE_RING});
+    free(table);
+}
+
+static void gradients_that_are_sent_wider_than_they_are_added_up_are_refused(void**) {
     char said[1024];
-    assert_int_equal(ends([] { const Bucket b[] = {{0, 3, ""}, {3, 0, ""}, {3, 4, ""}}; check_buckets(b, 3, 7); }, said, sizeof(said)), 0);
-    assert_int_equal(ends([] { const Bucket b[] = {{0, 3, "a"}, {4, 4, "b"}}; check_buckets(b, 2, 8); }, said, sizeof(said)), 1);
-    assert_string_equal(said, "train_gpt_fp8: gradient bucket 1 (b) begins at element 4, not where the last one ends, at 3\n");
-    assert_int_equal(ends([] { const Bucket b[] = {{0, 3, "a"}, {2, 4, "b"}}; check_buckets(b, 2, 7); }, said, sizeof(said)), 1);
-    assert_int_equal(ends([] { const Bucket b[] = {{0, 3, "a"}, {3, 4, "b"}}; check_buckets(b, 2, 8); }, said, sizeof(said)), 1);
-    assert_string_equal(said, "train_gpt_fp8: the gradient buckets end at element 7 of 8\n");
-    assert_int_equal(ends([] { const Bucket b[] = {{0, 3, "a"}, {3, 4, "b"}}; check_buckets(b, 2, 6); }, said, sizeof(said)), 1);
-    assert_int_equal(ends([] { check_buckets(NULL, 0, 0); }, said, sizeof(said)), 0);
+    assert_int_equal(ends([] { plan_one(E4M3, E5M2); }, said, sizeof(said)), 0);
+    assert_int_equal(ends([] { plan_one(BF16, BF16); }, said, sizeof(said)), 0);
+    assert_int_equal(ends([] { plan_one(BF16, FP32); }, said, sizeof(said)), 1);
+    assert_string_equal(said, "train_gpt_fp8: gradient of h0.qkvw: added up in bf16, sent in fp32, which is wider\n");
+    assert_int_equal(ends([] { plan_one(E4M3, FP32); }, said, sizeof(said)), 1);
+    assert_int_equal(ends([] { plan_one(E4M3, BF16); }, said, sizeof(said)), 1);
+    assert_string_equal(said, "train_gpt_fp8: gradient of h0.qkvw: added up in e4m3, sent in bf16, which is wider\n");
 }
 
 static void threads_are_the_share_of_the_cores_or_what_is_asked_for(void**) {
@@ -149,8 +865,11 @@ static void threads_are_the_share_of_the_cores_or_what_is_asked_for(void**) {
 int main(int argc, char** argv) {
     if (argc == 3) { return run_rank(argv[1], argv[2], argc, argv); }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(gradients_are_summed_bucket_by_bucket), cmocka_unit_test(ranks_with_different_flags_are_refused),
-        cmocka_unit_test(buckets_with_a_gap_an_overlap_or_a_short_end_are_refused),
+        cmocka_unit_test(one_rank_reduces_nothing), cmocka_unit_test(reduced_gradients_are_those_of_the_model_bit_for_bit),
+        cmocka_unit_test(staged_gradients_are_the_same), cmocka_unit_test(headroom_halves_where_sums_overflow_and_outlives_an_inf),
+        cmocka_unit_test(headroom_grows_to_1_and_buckets_travel_meanwhile),
+        cmocka_unit_test(gradients_that_are_sent_wider_than_they_are_added_up_are_refused),
+        cmocka_unit_test(ranks_with_the_same_flags_start), cmocka_unit_test(ranks_with_different_flags_are_refused),
         cmocka_unit_test(threads_are_the_share_of_the_cores_or_what_is_asked_for),
     };
     return cmocka_run_group_tests_name("comm", tests, NULL, NULL);

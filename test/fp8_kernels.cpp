@@ -667,8 +667,8 @@ template <class T> static void check_embedding(int B, int T_, int C) {
     dwpe.fill(0.25f);
     Groups g(tokens, rows);
     for (int micro = 0; micro < 2; micro++) {
-        run_rows(EmbeddingBackward<T>{dwte, dx, g.groups, C}, g.groups.groups, NULL);
-        run_rows(PositionBackward<T>{dwpe, dx, B, T_, C, micro > 0}, T_, NULL);
+        run_rows(EmbeddingBackward<T, float, NEAREST>{dwte, dx, g.groups, RandomKey{}, C}, g.groups.groups, NULL);
+        run_rows(PositionBackward<T, float, NEAREST>{dwpe, dx, RandomKey{}, B, T_, C, micro > 0}, T_, NULL);
         finish();
         for (int r = 0; r < rows; r++) {
             for (int c = 0; c < C; c++) {
@@ -833,8 +833,8 @@ static void results_do_not_depend_on_threads(void**) {
             layernorm_forward(Tensor{normed, E4M3, slot_normed}, l, BF16, Quantisation{&s.sites, 2, true, true, false}, raw, rows, C, NULL);
             layernorm_backward(dx, dgain, dbias, partial, in.dy, kept, BF16, false, false, rows, C, NULL);
             run_rows(EmbeddingForward<bf16>{x, tokens, wte, NULL, rows, C}, rows, NULL);
-            run_rows(EmbeddingBackward<bf16>{dwte, in.dy, g.groups, C}, g.groups.groups, NULL);
-            run_rows(PositionBackward<bf16>{dwpe, in.dy, 3, 107, C, false}, 107, NULL);
+            run_rows(EmbeddingBackward<bf16, float, NEAREST>{dwte, in.dy, g.groups, RandomKey{}, C}, g.groups.groups, NULL);
+            run_rows(PositionBackward<bf16, float, NEAREST>{dwpe, in.dy, RandomKey{}, 3, 107, C, false}, 107, NULL);
             run_rows(CrossEntropy<bf16>{losses, logits, tokens, 0.125f, V, C, true}, rows, NULL);
         });
         finish();

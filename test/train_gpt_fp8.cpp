@@ -69,6 +69,12 @@ static double loss_of(TestModel* t) {  // mean over the batch that was last uplo
 
 static void use_masters(TestModel* t) { optimizer_cast_weights(&t->model.optimizer, &t->model.params, t->model.stream); }
 
+// In FP32 and on one rank a gradient is its accumulator
+static const float* gradient_of(const Param* p) {
+    assert_int_equal(p->grad_dtype, FP32);
+    return (const float*)p->grad;
+}
+
 static double random_normal(uint64_t* state) {
     *state += 1;
     return param_normal(random_key(99, 0, 0), *state);
@@ -117,7 +123,7 @@ static void loss_logits_and_gradients_equal_pytorch(void** state) {
             TestModel* t = open_golden(&g, recompute, &V);
             Model* m = &t->model;
             int rows = rows_of(m);
-            micro_step(m, &t->batch, 0, 1.0f / (float)rows);
+            micro_step(m, &t->batch, 0, true, 1.0f / (float)rows);
             double total, norm;
             copy_to_host(&total, m->loss_total, sizeof(total), m->stream);
             double loss = golden_find(g, "loss")->floats[0];
@@ -127,10 +133,10 @@ static void loss_logits_and_gradients_equal_pytorch(void** state) {
                 char name[64];
                 snprintf(name, sizeof(name), "grad.%s", p->name);
                 const GoldenTensor* want = golden_find(g, name);
-                double d = distance(grad_of(m, p), want->floats, (size_t)want->count, &norm);
+                double d = distance(gradient_of(p), want->floats, (size_t)want->count, &norm);
                 // the key bias moves all of a query's scores alike: its gradient is zero in truth and rounding noise in FP32
                 if (!(d <= 1e-4 * norm + 1e-6)) { fail_msg("%s recompute %d: gradient of %s is off by %g of %g", path, recompute, p->name, d, norm); }
-                for (size_t k = (size_t)want->count; k < param_elements(p); k++) { assert_true(grad_of(m, p)[k] == 0.0f); }
+                for (size_t k = (size_t)want->count; k < param_elements(p); k++) { assert_true(gradient_of(p)[k] == 0.0f); }
             }
             forward(m, m->config.B, INFER);
             Tensor x = {m->narrow, FP32, NULL};
@@ -193,12 +199,12 @@ static void gradients_are_directional_derivatives(void** state) {
             t->batch.tokens[i] = (int32_t)((uint64_t)i * 7 % 13);  // repeated tokens
             t->batch.targets[i] = (int32_t)((uint64_t)i * 5 % 61);
         }
-        micro_step(m, &t->batch, 0, 1.0f / (float)rows);
+        micro_step(m, &t->batch, 0, true, 1.0f / (float)rows);
         for (int i = 0; i < m->params.count; i++) {
             Param* p = &m->params.items[i];
             size_t n = (size_t)(p->valid_rows * p->cols);
             float* w = m->optimizer.master + p->offset;
-            const float* g = grad_of(m, p);
+            const float* g = gradient_of(p);
             float* kept = (float*)host_alloc(n * sizeof(float));
             double* d = (double*)host_alloc(n * sizeof(double));
             memcpy(kept, w, n * sizeof(float));
@@ -271,7 +277,7 @@ static double train_steps(TestModel* t, int steps, int repeat = 0) {
     for (int i = 0; i < steps; i++) {
         if (repeat > 0 && i % repeat == 0) { loader_rewind(&loader); }
         loader_next(&loader, t->batch.tokens, t->batch.targets);
-        micro_step(&t->model, &t->batch, 0, weight);
+        micro_step(&t->model, &t->batch, 0, true, weight);
         finish_step(&t->model, &t->group, &settings, weight);
         if (i >= steps - 10) { loss += read_record(&t->model).loss / 10.0; }
     }
@@ -499,6 +505,8 @@ static void every_matmul_is_planned(void** state) {
     for (int fp8 = 0; fp8 < 2; fp8++) {
         GptConfig c = small_config(3, 2, 32, 256, 300, 2, true, false, BF16, fp8 != 0);
         c.bf16_layers = Bf16Layers{0, fp8};
+        c.accum = c.wire = fp8 ? BF16 : FP32;  // through a workspace, or by the matmul itself
+        c.embeddings_as_matrices = true;
         TestModel* t = open_model(c);
         Model* m = &t->model;
         size_t planned = m->matmul.order->size();
@@ -509,6 +517,72 @@ static void every_matmul_is_planned(void** state) {
         generate(m, tokens, 4, 1);
         assert_int_equal(m->matmul.order->size(), planned);
         close_model(t);
+    }
+}
+
+// Relative distance of a gradient from one in FP32
+static double distance_from(const Param* p, const Param* want) {
+    size_t n = param_elements(p);
+    float* values = (float*)host_alloc(n * sizeof(float));
+    with_gradient_type(p->grad_dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type G;
+        for (size_t i = 0; i < n; i++) { values[i] = to_float(((const G*)p->grad)[i]) * p->grad_slot[0]; }
+    });
+    double norm, d = distance(values, gradient_of(want), n, &norm);
+    free(values);
+    return norm > 0.0 ? d / norm : d;
+}
+
+// Fails where a micro-batch, a chunk of the head, a block of its rows or the embedding's share is lost, added twice or added at another place, or where a
+// format is not the one asked for: what it costs is bounded on both sides
+static void narrow_accumulators_add_up_the_same_gradient(void** state) {
+    (void)state;
+    const struct { DType accum; Rounding rounding; double least, most; } formats[] = {
+        {BF16, NEAREST, 5e-4, 5e-3}, {BF16, STOCHASTIC, 1e-3, 6e-3}, {E4M3, NEAREST, 1e-2, 6e-2}, {E4M3, STOCHASTIC, 2e-2, 1e-1}};
+    for (int variant = 0; variant < 3; variant++) {
+        // the third's head is wide enough to be made in two blocks of rows, and its tokens come in two chunks of logits
+        GptConfig c = variant == 2 ? small_config(1, 2, 128, 70000, 500, 2, true, true, BF16, true)
+                                   : small_config(2, 2, 32, 256, 40, 3, variant == 0, variant == 1, BF16, true);
+        c.positions = c.T + 5;
+        c.embeddings_as_matrices = true;
+        const int micro_batches = variant == 2 ? 2 : 4;
+        TestModel* wide = open_model(c);
+        model_set_weights(&wide->model, &wide->group, NULL);
+        auto run_micro_batches = [=](TestModel* t) {
+            DataLoader loader = open_text(&t->model.config);
+            for (int k = 0; k < micro_batches; k++) {
+                loader_next(&loader, t->batch.tokens, t->batch.targets);
+                micro_step(&t->model, &t->batch, k, k == micro_batches - 1, 1.0f / (float)(micro_batches * rows_of(&t->model)));
+            }
+            loader_close(&loader);
+        };
+        run_micro_batches(wide);
+        for (auto& f : formats) {
+            if (variant == 2 && (f.accum != BF16 || f.rounding != STOCHASTIC)) { continue; }  // it takes a second
+            c.accum = f.accum;
+            c.wire = f.accum;
+            c.accum_rounding = f.rounding;
+            TestModel* t = open_model(c);
+            Model* m = &t->model;
+            model_set_weights(m, &t->group, NULL);
+            if (variant == 2) { assert_true(gradient_rows(m, m->head) < m->head->rows && m->head_rows < rows_of(m)); }
+            for (int again = 0; again < 2; again++) {  // what the first step left in the accumulators must not matter
+                run_micro_batches(t);
+                if (again == 0) { continue; }
+                for (int i = 0; i < m->params.count; i++) {
+                    const Param* p = &m->params.items[i];
+                    double d = distance_from(p, &wide->model.params.items[i]);
+                    bool vector = p->format_class == VECTOR;
+                    DType format = vector ? FP32 : p->format_class == EMBEDDING && f.accum == E4M3 ? BF16 : f.accum;
+                    assert_int_equal(p->accum, format);
+                    bool held = vector ? d == 0.0 : format == f.accum ? d > f.least && d < f.most : d > 0.0 && d < f.most;
+                    if (!held) { fail_msg("variant %d, %s %s: the gradient of %s is off by %g", variant, dtype_names[f.accum],
+                                          f.rounding == STOCHASTIC ? "stochastic" : "nearest", p->name, d); }
+                }
+            }
+            close_model(t);
+        }
+        close_model(wide);
     }
 }
 
@@ -537,7 +611,7 @@ static void a_non_finite_step_leaves_no_trace(void** state) {
     for (int i = 0; i < rows_of(m); i++) { t->batch.tokens[i] = 65; t->batch.targets[i] = 66; }
     StepSettings settings = test_settings();
     float weight = 1.0f / (float)rows_of(m);
-    micro_step(m, &t->batch, 0, weight);
+    micro_step(m, &t->batch, 0, true, weight);
     finish_step(m, &t->group, &settings, weight);
     StepRecord r = read_record(m);
     assert_int_equal(r.skipped, SKIP_NON_FINITE_LOSS);
@@ -571,6 +645,7 @@ int main(void) {
         cmocka_unit_test(loss_logits_and_gradients_equal_pytorch), cmocka_unit_test(llmc_models_give_pytorchs_loss),
         cmocka_unit_test(gradients_are_directional_derivatives), cmocka_unit_test(fp8_matmuls_take_fp8_codes),
         cmocka_unit_test(precision_costs_little_on_trained_weights), cmocka_unit_test(recompute_changes_no_bit),
-        cmocka_unit_test(evaluation_leaves_no_trace), cmocka_unit_test(every_matmul_is_planned), cmocka_unit_test(a_non_finite_step_leaves_no_trace), cmocka_unit_test(learning_rates)};
+        cmocka_unit_test(evaluation_leaves_no_trace), cmocka_unit_test(every_matmul_is_planned),
+        cmocka_unit_test(narrow_accumulators_add_up_the_same_gradient), cmocka_unit_test(a_non_finite_step_leaves_no_trace), cmocka_unit_test(learning_rates)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

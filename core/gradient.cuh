@@ -1,0 +1,329 @@
+// gradient.cuh: gradients in few bits: adding up micro-batches, the codes that travel, and the sums of what several ranks sent.
+//
+// A gradient is first *accumulated* over a rank's micro-batches, in FP32 by the matmul itself, in BF16, or in E4M3 with a scale that is made anew for
+// every sum (the paper's way; a pass for the amax, a pass for the codes). It is then *quantised* to the format that travels, and reduced in one of two
+// ways. A ring adds codes that share one scale, rounding at every hop (`hop_add`). A direct exchange sends every rank's codes, each rank with a scale
+// of its own, to the owner of a part, who adds them in FP32 in the order of the ranks (`SumParts`) and rounds once.
+//
+// Scales are powers of two and kept in slots {descale, scale, previous descale, 0}. In an exchange a scale says two more things: 0, "my values are not
+// finite", which the minimum over the ranks carries to all; and FLT_MAX, "all my values are zero", which gives way to any other. A tensor that is not
+// finite on some rank gets a slot of NaN, so that its norm is NaN and the step is skipped by all ranks alike.
+#pragma once
+#include "device.cuh"
+#include <float.h>
+
+constexpr int PIECE = 4096;  // elements that one Team takes, and of one partial sum of the gradient norm
+
+static inline int pieces_of(size_t elements) { return (int)ceil_div(elements, (size_t)PIECE); }
+// Elements of the piece that begins at `first`: the last one of a tensor may be short
+DEVICE int piece_length(size_t elements, size_t first) { return (int)min_of((size_t)PIECE, elements - first); }
+
+// f(Tag<T>) for the type of a gradient
+template <class F> static inline void with_gradient_type(DType t, F f) {
+    switch (t) {
+        case FP32: f(Tag<float>{}); break;
+        case BF16: f(Tag<bf16>{}); break;
+        case E4M3: f(Tag<e4m3>{}); break;
+        case E5M2: f(Tag<e5m2>{}); break;
+        default: die("%s is no format of gradients", dtype_names[t]);
+    }
+}
+// f(Tag<A>, rounding) for an accumulator that kernels add to; FP32 has nothing to round
+template <Rounding R> struct RoundingTag { static constexpr Rounding value = R; };
+template <class F> static inline void with_accumulator(DType t, Rounding rounding, F f) {
+    bool stochastic = rounding == STOCHASTIC;
+    if (t == FP32) { f(Tag<float>{}, RoundingTag<NEAREST>{}); }
+    else if (t == BF16 && stochastic) { f(Tag<bf16>{}, RoundingTag<STOCHASTIC>{}); }
+    else if (t == BF16) { f(Tag<bf16>{}, RoundingTag<NEAREST>{}); }
+    else if (t == E4M3 && stochastic) { f(Tag<e4m3>{}, RoundingTag<STOCHASTIC>{}); }
+    else if (t == E4M3) { f(Tag<e4m3>{}, RoundingTag<NEAREST>{}); }
+    else { die("gradients are not added up in %s", dtype_names[t]); }
+}
+
+// ---- slots ----
+
+DEVICE bool is_finite(float x) { return x - x == 0.0f; }
+DEVICE float not_a_number(void) { return bits_to_float(0x7fc00000u); }
+
+// The quantising scale `scale` in a slot; 0 stands for values that are not finite
+DEVICE void set_slot(float* slot, float scale) {
+    slot[2] = slot[0];
+    slot[0] = scale == 0.0f ? not_a_number() : 1.0f / scale;
+    slot[1] = scale == 0.0f ? not_a_number() : scale;
+}
+
+struct ResetSlots {  // scale 1
+    float* slots;
+    template <class Team> DEVICE void operator()(Team team, int i) const {
+        if (!team.leads()) { return; }
+        for (int k = 0; k < 4; k++) { slots[(size_t)i * 4 + k] = k < 2 ? 1.0f : 0.0f; }
+    }
+};
+
+// The scale that a rank sends for a tensor of this amax
+DEVICE float exchanged_scale(float amax, float largest) {
+    if (!is_finite(amax)) { return 0.0f; }
+    return amax == 0.0f ? FLT_MAX : scale_from_amax(amax, largest, 0, 1.0f);
+}
+// The scale to use for one that was exchanged: any will do for zeros
+DEVICE float usable_scale(float exchanged) { return exchanged == FLT_MAX ? 1.0f : exchanged; }
+
+template <class T> struct AmaxPieces {  // *amax = max(*amax, max |x|) as float bits
+    uint32_t* amax;
+    const T* x;
+    size_t elements;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        size_t first = (size_t)piece * PIECE;
+        const T* p = x + first;
+        uint32_t top = team.amax(piece_length(elements, first), [=](auto c) { return load(p, c); });
+        if (team.leads()) { atomic_max(amax, top); }
+    }
+};
+
+// ---- accumulation over micro-batches ----
+
+template <class A> struct SumAmax {  // *amax = max |[sum·descale] + addend|
+    uint32_t* amax;
+    const A* sum;
+    const float* addend;
+    const float* slot;
+    size_t elements;
+    bool add;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        size_t first = (size_t)piece * PIECE;
+        const A* ps = sum + first;
+        const float* pa = addend + first;
+        float k = slot[0];
+        int n = piece_length(elements, first);
+        uint32_t top = add ? team.amax(n, [=](auto c) { return load(ps, c) * k + load(pa, c); }) : team.amax(n, [=](auto c) { return load(pa, c); });
+        if (team.leads()) { atomic_max(amax, top); }
+    }
+};
+
+struct SumSlot {  // the slot of the sum that is about to be written; its amax is cleared for the next
+    float* slot;
+    uint32_t* amax;
+    float largest;
+    template <class Team> DEVICE void operator()(Team team, int) const {
+        if (!team.leads()) { return; }
+        set_slot(slot, usable_scale(exchanged_scale(bits_to_float(*amax), largest)));
+        *amax = 0;
+    }
+};
+
+template <class A, Rounding R> struct AddGradient {  // sum = A(([sum·previous descale] + addend)·scale)
+    A* sum;
+    const float* addend;
+    const float* slot;      // NULL = 1: for BF16
+    RandomKey key;          // of this addition
+    uint64_t first_element; // number of sum[0] within its tensor
+    size_t elements;
+    bool add;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        size_t first = (size_t)piece * PIECE;
+        A* ps = sum + first;
+        const float* pa = addend + first;
+        float scale = slot != NULL ? slot[1] : 1.0f, previous = slot != NULL ? slot[2] : 1.0f;
+        RandomKey k = key;
+        uint64_t at = first_element + first;
+        int n = piece_length(elements, first);
+        if (add) { team.each(n, [=](auto c) { store_rounded<R>(ps, c, (load(ps, c) * previous + load(pa, c)) * scale, k, at); }); }
+        else { team.each(n, [=](auto c) { store_rounded<R>(ps, c, load(pa, c) * scale, k, at); }); }
+    }
+};
+
+// sum (elements) [+]= addend, rounded to the accumulator's format. `slot`, `amax`: of an FP8 accumulator, which takes the whole tensor at once.
+// `first_element`: number of sum[0] within its tensor.
+static inline void add_gradient(DType type, void* sum, const float* addend, float* slot, uint32_t* amax, Rounding rounding, RandomKey key,
+                                uint64_t first_element, size_t elements, bool add, Stream s) {
+    with_accumulator(type, rounding, [&](auto tag, auto r) {
+        typedef typename decltype(tag)::type A;
+        int pieces = pieces_of(elements);
+        if (is_fp8(type)) {
+            run_rows(SumAmax<A>{amax, (const A*)sum, addend, slot, elements, add}, pieces, s);
+            run_rows(SumSlot{slot, amax, largest_of(type)}, 1, s);
+        }
+        run_rows(AddGradient<A, decltype(r)::value>{(A*)sum, addend, is_fp8(type) ? slot : NULL, key, first_element, elements, add}, pieces, s);
+    });
+}
+
+// ---- the codes that travel ----
+
+DEVICE bool is_zero_code(e4m3 x) { return (x.bits & 0x7f) == 0; }
+DEVICE bool is_zero_code(e5m2 x) { return (x.bits & 0x7f) == 0; }
+DEVICE bool is_zero_code(bf16 x) { return (x.bits & 0x7fff) == 0; }
+DEVICE bool is_zero_code(float x) { return x == 0.0f; }
+// the largest finite code: what overflow saturates to
+DEVICE bool is_top_code(e4m3 x) { return (x.bits & 0x7f) == LayoutE4M3::MAX; }
+DEVICE bool is_top_code(e5m2 x) { return (x.bits & 0x7f) == LayoutE5M2::MAX; }
+DEVICE bool is_top_code(bf16) { return false; }  // overflow is inf there
+DEVICE bool is_top_code(float) { return false; }
+
+struct CodeCounts { uint32_t underflow, saturated; };  // non-zero values whose code is 0; codes at the maximum
+
+template <class D, class A> struct QuantiseGradient {  // codes = D(x·descale·scale); counts += those of this tensor
+    D* codes;
+    const A* x;
+    const float* descale;  // of x; NULL = 1
+    const float* scale;    // NULL = 1
+    CodeCounts* counts;    // NULL: not wanted
+    size_t elements;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        size_t first = (size_t)piece * PIECE;
+        D* pd = codes + first;
+        const A* px = x + first;
+        float k = (descale != NULL ? *descale : 1.0f) * (scale != NULL ? *scale : 1.0f);
+        int n = piece_length(elements, first);
+        if (counts == NULL) {
+            team.each(n, [=](auto c) { store(pd, c, load(px, c) * k); });
+            return;
+        }
+        auto found = team.sum_pair(n, [=](auto c) { return count_codes(pd, c, load(px, c), k); });
+        if (!team.leads()) { return; }
+        atomic_add(&counts->underflow, (uint32_t)found.a.v[0]);  // at most PIECE: exact in a float
+        atomic_add(&counts->saturated, (uint32_t)found.b.v[0]);
+    }
+    template <int N> static DEVICE VecPair<N> count_codes(D* codes, Range<N> c, Vec<N> v, float k) {
+        Raw<D, N> r;
+        VecPair<N> found;
+        UNROLL
+        for (int i = 0; i < N; i++) {
+            from_float(r.e[i], v.v[i] * k);
+            found.a.v[i] = v.v[i] != 0.0f && is_zero_code(r.e[i]) ? 1.0f : 0.0f;
+            found.b.v[i] = is_top_code(r.e[i]) ? 1.0f : 0.0f;
+        }
+        store_raw(codes, c, r);
+        return found;
+    }
+};
+
+// ---- scales of an exchange; row k is the k-th tensor of a bucket ----
+
+struct LocalScales {  // scales[k] = what this rank has to say; the amax is cleared for the next step
+    float* scales;
+    uint32_t* amax;            // by parameter
+    const float* accum_slots;  // (parameters, 4): of the accumulators that were measured
+    const int* tensors;        // (k) parameters
+    float largest;
+    template <class Team> DEVICE void operator()(Team team, int k) const {
+        if (!team.leads()) { return; }
+        int t = tensors[k];
+        scales[k] = exchanged_scale(bits_to_float(amax[t]) * accum_slots[4 * (size_t)t], largest);
+        amax[t] = 0;
+    }
+};
+
+struct RingSlots {  // slots of the codes that the ring adds: scale μ·s, s shared by all ranks, not below the smallest normal float
+    float* slots;
+    const float* shared;  // (k) the minimum over the ranks
+    const float* mu;      // by parameter
+    const int* tensors;
+    template <class Team> DEVICE void operator()(Team team, int k) const {
+        if (!team.leads()) { return; }
+        int t = tensors[k];
+        float s = usable_scale(shared[k]);
+        set_slot(slots + 4 * (size_t)t, s == 0.0f ? 0.0f : max_of(mu[t] * s, FLT_MIN));
+    }
+};
+
+struct SenderDescales {  // descales[i] = 1/scales[i]: of all ranks' tensors; NaN for what is not finite
+    float* descales;
+    float* scales;
+    template <class Team> DEVICE void operator()(Team team, int i) const {
+        if (!team.leads()) { return; }
+        scales[i] = usable_scale(scales[i]);
+        descales[i] = scales[i] == 0.0f ? not_a_number() : 1.0f / scales[i];
+    }
+};
+
+struct ResultSlots {  // slots of the sums that a direct exchange rounds
+    float* slots;
+    const uint32_t* amax;  // (k) of the sums, over all parts
+    const int* tensors;
+    float largest;
+    template <class Team> DEVICE void operator()(Team team, int k) const {
+        if (team.leads()) { set_slot(slots + 4 * (size_t)tensors[k], usable_scale(exchanged_scale(bits_to_float(amax[k]), largest))); }
+    }
+};
+
+// ---- sums over ranks ----
+
+template <class D> struct SumParts {  // sums = ((part_0·d_0 + part_1·d_1) + …) in FP32, in the order of the ranks; *amax = max |sums|
+    float* sums;
+    uint32_t* amax;         // NULL: not wanted
+    const D* parts;         // (ranks, stride)
+    const float* descales;  // (ranks, descale_stride); NULL = 1
+    size_t stride;
+    int ranks, descale_stride;
+    size_t elements;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        size_t first = (size_t)piece * PIECE, step = stride;
+        float* out = sums + first;
+        const D* p = parts + first;
+        int n = piece_length(elements, first), last = ranks - 1, d_step = descale_stride;
+        const float* d = descales;
+        auto descale = [=](int r) { return d != NULL ? d[(size_t)r * d_step] : 1.0f; };
+        float k0 = descale(0);
+        team.each(n, [=](auto c) { store(out, c, load(p, c) * k0); });  // each thread of a Team meets its own elements again
+        for (int r = 1; r < last; r++) {
+            const D* pr = p + (size_t)r * step;
+            float k = descale(r);
+            team.each(n, [=](auto c) { store(out, c, load(out, c) + load(pr, c) * k); });
+        }
+        const D* pl = p + (size_t)last * step;
+        float kl = descale(last);
+        bool more = last > 0;
+        uint32_t top = team.amax(n, [=](auto c) {
+            auto total = load(out, c);
+            if (more) { total = total + load(pl, c) * kl; }
+            store(out, c, total);
+            return total;
+        });
+        if (amax != NULL && team.leads()) { atomic_max(amax, top); }
+    }
+};
+
+// One hop of a ring, with NCCL's result. NCCL turns FP8 operands into halves, adds them as halves, and rounds the sum back with saturation. The half
+// between changes no result, as it has two bits more than twice FP8's (test/gradient.cpp goes through all pairs of codes), so we round once.
+template <class D> DEVICE D hop_sum(D a, D b) {
+    D d;
+    from_float(d, to_float(a) + to_float(b));
+    return d;
+}
+
+// sum = hop_sum(received, sum), on the CPU, where rings run over MPI
+static inline void hop_add(DType type, void* sum, const void* received, size_t n) {
+    with_gradient_type(type, [=](auto tag) {
+        typedef typename decltype(tag)::type D;
+        D* s = (D*)sum;
+        const D* r = (const D*)received;
+        long pieces = (long)ceil_div(n, (size_t)PIECE);
+#pragma omp parallel for schedule(static) if (pieces > 4)
+        for (long i = 0; i < pieces; i++) {
+            size_t first = (size_t)i * PIECE, m = min_of((size_t)PIECE, n - first);
+            D* ps = s + first;
+            const D* pr = r + first;
+#pragma omp simd
+            for (size_t k = 0; k < m; k++) { ps[k] = hop_sum(pr[k], ps[k]); }
+        }
+    });
+}
+
+// ---- headroom ----
+
+// What the reduction of a step did to one tensor
+struct TensorStatistics {
+    float underflow, saturated;  // shares: of local non-zero values whose code was 0; of reduced (ring) or sent (direct) codes at the maximum
+    float mu;                    // headroom of the next step
+};
+
+constexpr double MU_GROWTH = 1.0006933874625806;  // 2^(1/1000): doubles in 1,000 steps; a float would miss by 5e-5
+constexpr double SATURATED_SHARE = 1e-5;          // above it μ halves
+
+// FP8-LM's automatic scaling: μ halves where more than a hundred-thousandth of the reduced codes (and more than one) saturate, else grows slowly.
+// Stays within [1/ranks, 1].
+DEVICE float next_mu(float mu, double saturated, double elements, int ranks) {
+    double limit = max_of(1.0, SATURATED_SHARE * elements);
+    mu = saturated > limit ? mu * 0.5f : (float)((double)mu * MU_GROWTH);
+    return min_of(1.0f, max_of(1.0f / (float)ranks, mu));
+}

@@ -1,0 +1,212 @@
+// transfers.cuh: exchanges between ranks that are started and go on by themselves while the device computes.
+//
+// Four of them carry the gradients: the minimum and the maximum of a few scales, a ring that adds (reduce-scatter), an exchange of parts (all-to-all) and
+// their collection (all-gather). All work on an array of one part a rank, each a multiple of 64 bytes, in device memory.
+//
+//   NCCL          the calls go onto the stream, whose order is all that is needed: a transfer counts as done at once
+//   MPI           non-blocking MPI; `transfer_done` asks MPI how far it is, and so makes it go on: to be called between kernels
+//   MPI, staged   through pinned host memory, copied there and back; returns when it is done
+//
+// MPI sums nothing itself in FP8, so the ring is ours: in hop h rank r sends part r-1-h on to its right neighbour, and adds its own codes to part r-2-h
+// that comes from the left, as NCCL does (gradient.cuh, hop_sum). Part p so starts at rank p+1 and ends, complete, at rank p.
+//
+//     Transfer t;
+//     transfer_create(&t, &group, largest_bytes);
+//     start_all_gather(&t, data, part_bytes, ALL_GATHER, stream);
+//     while (!transfer_done(&t)) { … }
+//     transfer_free(&t);
+//
+// One transfer is under way at a time. Every rank starts the same ones in the same order. `counter`: under what the bytes sent are counted.
+#pragma once
+#include "collectives.cuh"
+#include "gradient.cuh"
+
+constexpr size_t PART_BYTES = 64;  // a part is a multiple of this: MPI counts in it, with an int
+
+struct Transfer {
+    Group* group;
+#ifdef USE_MPI
+    MPI_Datatype line;         // PART_BYTES bytes
+    MPI_Request requests[2];   // of what is under way
+    int hop;                   // of the ring, from 0; -1: no ring
+    char *ring, *received;     // (size, part), (part): host memory
+    size_t part;               // elements
+    DType type;
+    char* staging;             // (2, largest) pinned, where the group is staged
+    size_t largest;
+#endif
+};
+
+// `largest`: bytes of the longest array that will travel
+static inline void transfer_create(Transfer* t, Group* group, size_t largest) {
+    *t = Transfer{};
+    t->group = group;
+#ifdef USE_MPI
+    if (group->transport == ALONE) { return; }
+    MPI_CHECK(MPI_Type_contiguous((int)PART_BYTES, MPI_BYTE, &t->line));
+    MPI_CHECK(MPI_Type_commit(&t->line));
+    t->requests[0] = t->requests[1] = MPI_REQUEST_NULL;
+    t->hop = -1;
+    t->largest = largest;
+    if (group->transport == OVER_MPI_STAGED) { t->staging = (char*)pinned_alloc(2 * largest); }
+#else
+    (void)largest;
+#endif
+}
+
+static inline void transfer_free(Transfer* t) {
+#ifdef USE_MPI
+    if (t->group != NULL && t->group->transport != ALONE) {
+        MPI_CHECK(MPI_Type_free(&t->line));
+        if (t->staging != NULL) { pinned_free(t->staging); }
+    }
+#endif
+    *t = Transfer{};
+}
+
+#ifdef USE_MPI
+
+enum { TAG_RING = 3 };
+
+static inline int transfer_lines(size_t bytes) {
+    if (bytes % PART_BYTES != 0 || bytes / PART_BYTES > INT_MAX) { die("a part of %zu bytes cannot be sent in one piece", bytes); }
+    return (int)(bytes / PART_BYTES);
+}
+
+static inline size_t ring_part_bytes(const Transfer* t) { return t->part * (size_t)dtype_bytes(t->type); }
+// The part that this rank sends in hop h; in it, it receives the one that it sends in hop h + 1
+static inline int ring_part(const Group* g, int hop) { return (2 * g->size + g->rank - 1 - hop) % g->size; }
+
+static inline void ring_start_hop(Transfer* t) {
+    Group* g = t->group;
+    int lines = transfer_lines(ring_part_bytes(t)), left = (g->rank + g->size - 1) % g->size, right = (g->rank + 1) % g->size;
+    char* sent = t->ring + (size_t)ring_part(g, t->hop) * ring_part_bytes(t);
+    MPI_CHECK(MPI_Irecv(t->received, lines, t->line, left, TAG_RING, g->comm, &t->requests[0]));
+    MPI_CHECK(MPI_Isend(sent, lines, t->line, right, TAG_RING, g->comm, &t->requests[1]));
+}
+
+static inline bool requests_done(Transfer* t) {
+    int done = 0;
+    MPI_CHECK(MPI_Testall(2, t->requests, &done, MPI_STATUSES_IGNORE));
+    return done != 0;
+}
+
+// Is what was started last done? Makes it go on.
+static inline bool mpi_transfer_done(Transfer* t) {
+    while (requests_done(t)) {
+        if (t->hop < 0) { return true; }
+        hop_add(t->type, t->ring + (size_t)ring_part(t->group, t->hop + 1) * ring_part_bytes(t), t->received, t->part);
+        t->hop = t->hop + 2 < t->group->size ? t->hop + 1 : -1;
+        if (t->hop >= 0) { ring_start_hop(t); }
+    }
+    return false;
+}
+
+// Runs `start(sent, received)` on host memory: on the arrays themselves, or on copies of them. `sent` is device memory of `bytes` bytes; `received` is
+// another array of `received_bytes`, or NULL where the result is in `sent`.
+template <class Start> static inline void over_mpi(Transfer* t, void* sent, size_t bytes, void* received, size_t received_bytes, Stream stream, Start start) {
+    if (t->group->transport == OVER_MPI) { start((char*)sent, (char*)received); return; }
+    if (max_of(bytes, received_bytes) > t->largest) { die("an array of %zu bytes is staged through %zu", max_of(bytes, received_bytes), t->largest); }
+    char* second = t->staging + t->largest;
+    copy_to_host(t->staging, sent, bytes, stream);
+    start(t->staging, second);
+    while (!mpi_transfer_done(t)) {}
+    copy_to_device(sent, t->staging, bytes, stream);
+    if (received != NULL) { copy_to_device(received, second, received_bytes, stream); }
+    stream_sync(stream);  // before the staging is written again
+}
+
+#endif
+
+static inline bool transfer_done(Transfer* t) {
+#ifdef USE_MPI
+    if (t->group->transport == OVER_MPI) { return mpi_transfer_done(t); }
+#endif
+    (void)t;
+    return true;
+}
+
+enum BitsOperation { BITS_MIN, BITS_MAX };
+
+static inline void start_all_reduce_bits(Transfer* t, uint32_t* bits, size_t n, BitsOperation op, CommOperation counter, Stream stream) {
+    Group* g = t->group;
+    if (g->transport == ALONE) { return; }
+    g->bytes_sent[counter] += 2 * n * sizeof(uint32_t) * ((uint64_t)g->size - 1) / (uint64_t)g->size;  // as a ring sends
+#ifdef NCCL_TRANSPORT
+    if (g->transport == OVER_NCCL) { nccl_all_reduce_bits(g->nccl, bits, n, op == BITS_MIN ? ncclMin : ncclMax, stream); return; }
+#endif
+#ifdef USE_MPI
+    over_mpi(t, bits, n * sizeof(uint32_t), NULL, 0, stream, [=](char* data, char*) {
+        MPI_CHECK(MPI_Iallreduce(MPI_IN_PLACE, data, (int)n, MPI_UINT32_T, op == BITS_MIN ? MPI_MIN : MPI_MAX, g->comm, &t->requests[0]));
+    });
+#else
+    (void)bits, (void)op, (void)stream;
+#endif
+}
+
+// data (n) = the least, or the greatest, over the ranks, of floats that are not negative, compared by their bits: NaN is above inf, inf above the rest.
+static inline void start_all_reduce_min(Transfer* t, void* data, size_t n, CommOperation counter, Stream stream) {
+    start_all_reduce_bits(t, (uint32_t*)data, n, BITS_MIN, counter, stream);
+}
+static inline void start_all_reduce_max(Transfer* t, void* data, size_t n, CommOperation counter, Stream stream) {
+    start_all_reduce_bits(t, (uint32_t*)data, n, BITS_MAX, counter, stream);
+}
+
+// data (size, part): part r is given by rank r, everyone gets all
+static inline void start_all_gather(Transfer* t, void* data, size_t part_bytes, CommOperation counter, Stream stream) {
+    Group* g = t->group;
+    if (g->transport == ALONE) { return; }
+    g->bytes_sent[counter] += part_bytes * ((uint64_t)g->size - 1);
+#ifdef NCCL_TRANSPORT
+    if (g->transport == OVER_NCCL) { nccl_all_gather(g->nccl, data, part_bytes, g->rank, stream); return; }
+#endif
+#ifdef USE_MPI
+    over_mpi(t, data, part_bytes * (size_t)g->size, NULL, 0, stream, [=](char* all, char*) {
+        MPI_CHECK(MPI_Iallgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, all, transfer_lines(part_bytes), t->line, g->comm, &t->requests[0]));
+    });
+#else
+    (void)data, (void)stream;
+#endif
+}
+
+// received (size, part): part r is what rank r has for us; sent (size, part): part p is what we have for rank p
+static inline void start_all_to_all(Transfer* t, void* received, void* sent, size_t part_bytes, Stream stream) {
+    Group* g = t->group;
+    if (g->transport == ALONE) { return; }
+    g->bytes_sent[ALL_TO_ALL] += part_bytes * ((uint64_t)g->size - 1);
+#ifdef NCCL_TRANSPORT
+    if (g->transport == OVER_NCCL) { nccl_all_to_all(g->nccl, received, sent, part_bytes, g->size, stream); return; }
+#endif
+#ifdef USE_MPI
+    size_t bytes = part_bytes * (size_t)g->size;
+    over_mpi(t, sent, bytes, received, bytes, stream, [=](char* from, char* to) {
+        int lines = transfer_lines(part_bytes);
+        MPI_CHECK(MPI_Ialltoall(from, lines, t->line, to, lines, t->line, g->comm, &t->requests[0]));
+    });
+#else
+    (void)received, (void)sent, (void)stream;
+#endif
+}
+
+// part `rank` of data (size, part) = the sum of that part over the ranks, rounded to `type` at every hop; the other parts are spoiled. `received`: (part)
+static inline void start_ring_sum(Transfer* t, void* data, void* received, size_t part, DType type, Stream stream) {
+    Group* g = t->group;
+    size_t part_bytes = part * (size_t)dtype_bytes(type);
+    if (g->transport == ALONE) { return; }
+    g->bytes_sent[REDUCE_SCATTER] += part_bytes * ((uint64_t)g->size - 1);
+#ifdef NCCL_TRANSPORT
+    if (g->transport == OVER_NCCL) { nccl_reduce_scatter(g->nccl, data, part, type, g->rank, stream); return; }
+#endif
+#ifdef USE_MPI
+    over_mpi(t, data, part_bytes * (size_t)g->size, received, part_bytes, stream, [=](char* ring, char* next) {
+        t->ring = ring;
+        t->received = next;
+        t->part = part;
+        t->type = type;
+        t->hop = 0;
+        ring_start_hop(t);
+    });
+#else
+    (void)data, (void)received, (void)stream, (void)part_bytes;
+#endif
+}

@@ -1,0 +1,384 @@
+// transfers.cpp: each transfer on 1 to 8 ranks against what every rank knows of the others, byte for byte: directly, staged through host memory, many
+// in a row; that starting one and asking for it never waits; and what is refused.
+#include "../core/transfers.cuh"
+#include "launch.h"
+#include <algorithm>
+#include <vector>
+
+// ---- what the ranks check ----
+
+typedef std::vector<unsigned char> Bytes;
+
+// Every rank can say what any rank has
+static uint64_t hash_of(uint64_t a, uint64_t b, uint64_t c) { return mix64(mix64(mix64(a) ^ b) ^ c); }
+static Bytes bytes_of(int rank, size_t n, uint32_t salt) {
+    Bytes b(n);
+    for (size_t i = 0; i < n; i++) { b[i] = (unsigned char)(hash_of(i / 8, (uint64_t)rank, salt) >> i % 8 * 8); }
+    return b;
+}
+
+// Device memory between two guards
+struct Memory {
+    static constexpr size_t GUARD = 256;
+    char* base;
+    size_t bytes;
+    explicit Memory(const Bytes& content) : base((char*)device_alloc(content.size() + 2 * GUARD)), bytes(content.size()) {
+        Bytes all(bytes + 2 * GUARD, 0xa5);
+        std::copy(content.begin(), content.end(), all.begin() + GUARD);
+        copy_to_device(base, all.data(), all.size(), NULL);
+        stream_sync(NULL);
+    }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    ~Memory() { device_free(base); }
+    char* data(void) const { return base + GUARD; }
+    Bytes content(void) const {
+        Bytes all(bytes + 2 * GUARD);
+        copy_to_host(all.data(), base, all.size(), NULL);
+        for (size_t i = 0; i < GUARD; i++) { CHECK(all[i] == 0xa5 && all[GUARD + bytes + i] == 0xa5, "written beyond an array of %zu bytes", bytes); }
+        return Bytes(all.begin() + GUARD, all.end() - GUARD);
+    }
+};
+
+static void finish(Transfer* t) {
+    while (!transfer_done(t)) { sched_yield(); }
+    CHECK(transfer_done(t));
+    stream_sync(NULL);
+}
+
+// The operation adds this many bytes to its counter and nothing to the others.
+struct Counted {
+    Group* g;
+    uint64_t want[COMM_OPERATIONS];
+    Counted(Group* group, CommOperation operation, uint64_t bytes) : g(group) {
+        memcpy(want, g->bytes_sent, sizeof(want));
+        want[operation] += bytes;
+    }
+    ~Counted() {
+        for (int i = 0; i < COMM_OPERATIONS; i++) {
+            CHECK(g->bytes_sent[i] == want[i], "%s: %" PRIu64 ", not %" PRIu64, comm_names[i], g->bytes_sent[i], want[i]);
+        }
+    }
+};
+
+// Transfers in two halves, so that a test can do something in between: start(), then check()
+struct Gather {
+    Transfer* t;
+    size_t part;
+    uint32_t salt;
+    CommOperation counter;
+    Memory memory;
+    static Bytes before(const Group* g, size_t part, uint32_t salt) {  // own part, and nothing of the others
+        Bytes all(part * (size_t)g->size, 0xee), mine = bytes_of(g->rank, part, salt);
+        std::copy(mine.begin(), mine.end(), all.begin() + (long)(part * (size_t)g->rank));
+        return all;
+    }
+    Gather(Transfer* transfer, size_t part_bytes, uint32_t s, CommOperation c)
+        : t(transfer), part(part_bytes), salt(s), counter(c), memory(before(t->group, part, salt)) {}
+    void start(void) {
+        Counted counted(t->group, counter, part * (uint64_t)(t->group->size - 1));
+        start_all_gather(t, memory.data(), part, counter, NULL);
+    }
+    void check(void) {
+        Bytes got = memory.content();
+        for (int r = 0; r < t->group->size; r++) {
+            Bytes want = bytes_of(r, part, salt);
+            CHECK(std::equal(want.begin(), want.end(), got.begin() + (long)(part * (size_t)r)), "part %d of %zu bytes", r, part);
+        }
+    }
+};
+
+struct Exchange {
+    Transfer* t;
+    size_t part;
+    uint32_t salt;
+    Bytes given;
+    Memory sent, received;
+    static Bytes before(const Group* g, size_t part, uint32_t salt) {
+        Bytes all;
+        for (int p = 0; p < g->size; p++) {
+            Bytes b = bytes_of(g->rank * 100 + p, part, salt);
+            all.insert(all.end(), b.begin(), b.end());
+        }
+        return all;
+    }
+    Exchange(Transfer* transfer, size_t part_bytes, uint32_t s)
+        : t(transfer), part(part_bytes), salt(s), given(before(t->group, part, salt)), sent(given), received(Bytes(given.size(), 0xee)) {}
+    void start(void) {
+        Counted counted(t->group, ALL_TO_ALL, part * (uint64_t)(t->group->size - 1));
+        start_all_to_all(t, received.data(), sent.data(), part, NULL);
+    }
+    void check(void) {
+        CHECK(sent.content() == given, "what was sent has changed");
+        Bytes got = received.content();
+        for (int r = 0; r < t->group->size; r++) {
+            Bytes want = bytes_of(r * 100 + t->group->rank, part, salt);
+            if (t->group->transport == ALONE) { want.assign(part, 0xee); }  // nobody is there to send: the array stays as it is
+            CHECK(std::equal(want.begin(), want.end(), got.begin() + (long)(part * (size_t)r)), "part from rank %d of %zu bytes", r, part);
+        }
+    }
+};
+
+// FP8: any code. BF16, FP32: signs and 17 powers of two, so that the order of adding shows. NCCL may go round in another order: small integers.
+template <class D> static D element(uint64_t hash, bool any_order) {
+    D d;
+    if (any_order) { from_float(d, (float)(hash % 2)); }
+    else if (sizeof(D) == 1) { memcpy((void*)&d, &hash, 1); }
+    else {
+        float f = (1.0f + (float)(hash & 0xffffff) * 0x1p-24f) * exp2_int((int)((hash >> 33) % 17) - 8);
+        from_float(d, (hash >> 32) & 1 ? -f : f);
+    }
+    return d;
+}
+
+template <class D> struct Ring {
+    Transfer* t;
+    size_t part;  // elements
+    uint32_t salt;
+    Memory memory, received;
+    static D value(const Group* g, int rank, size_t i, uint32_t salt) {
+        return element<D>(hash_of(i, (uint64_t)rank, salt), g->transport == OVER_NCCL);
+    }
+    static Bytes before(const Group* g, size_t part, uint32_t salt) {
+        Bytes all(part * (size_t)g->size * sizeof(D));
+        for (size_t i = 0; i < part * (size_t)g->size; i++) {
+            D d = value(g, g->rank, i, salt);
+            memcpy(all.data() + i * sizeof(D), &d, sizeof(D));
+        }
+        return all;
+    }
+    Ring(Transfer* transfer, size_t elements, uint32_t s)
+        : t(transfer), part(elements), salt(s), memory(before(t->group, part, salt)), received(Bytes(part * sizeof(D), 0xee)) {}
+    void start(void) {
+        Counted counted(t->group, REDUCE_SCATTER, part * sizeof(D) * (uint64_t)(t->group->size - 1));
+        start_ring_sum(t, memory.data(), received.data(), part, DTypeOf<D>::value, NULL);
+    }
+    // Part p begins at rank p+1 and goes round to rank p, which adds last
+    void check(void) {
+        const Group* g = t->group;
+        const int R = g->size, p = g->rank;
+        Bytes got = memory.content();
+        received.content();
+        bool order_shows = false;
+        for (size_t k = 0; k < part; k++) {
+            size_t i = part * (size_t)p + k;
+            D sum = value(g, (p + 1) % R, i, salt), have;
+            for (int h = 2; h <= R; h++) { sum = hop_sum(sum, value(g, (p + h) % R, i, salt)); }
+            if (k < 1000) {
+                D other = value(g, p, i, salt);  // as if it began at rank p
+                for (int h = 1; h < R; h++) { other = hop_sum(other, value(g, (p + h) % R, i, salt)); }
+                order_shows = order_shows || memcmp(&sum, &other, sizeof(D)) != 0;
+            }
+            memcpy(&have, got.data() + i * sizeof(D), sizeof(D));
+            CHECK(memcmp(&have, &sum, sizeof(D)) == 0, "%s, %zu elements, %zu: %g, not %g", dtype_names[DTypeOf<D>::value], part, k,
+                (double)to_float(have), (double)to_float(sum));
+        }
+        CHECK(R < 3 || part < 1000 || g->transport == OVER_NCCL || order_shows);
+    }
+};
+
+struct Bits {
+    Transfer* t;
+    size_t n;
+    bool least;
+    uint32_t salt;
+    CommOperation counter;
+    Memory memory;
+    static uint32_t value(int rank, size_t i, uint32_t salt) {
+        const uint32_t list[] = {0, 1, float_to_bits(FLT_MIN), float_to_bits(1.0f), float_to_bits(FLT_MAX), 0x7f800000u, 0x7fc00000u, 0x7fffffffu};
+        uint64_t h = hash_of(i, (uint64_t)rank, salt);
+        return i % 3 == 0 ? (uint32_t)(h >> 33) : i % 3 == 1 ? list[h % 8] : rank == (int)(i % 8) ? list[h % 8] : float_to_bits(FLT_MAX);
+    }
+    static Bytes before(const Group* g, size_t n, uint32_t salt) {
+        Bytes all(n * 4);
+        for (size_t i = 0; i < n; i++) {
+            uint32_t u = value(g->rank, i, salt);
+            memcpy(all.data() + 4 * i, &u, 4);
+        }
+        return all;
+    }
+    Bits(Transfer* transfer, size_t count, bool minimum, uint32_t s, CommOperation c)
+        : t(transfer), n(count), least(minimum), salt(s), counter(c), memory(before(t->group, n, salt)) {}
+    void start(void) {
+        Counted counted(t->group, counter, 2 * n * 4 * (uint64_t)(t->group->size - 1) / (uint64_t)t->group->size);
+        (least ? start_all_reduce_min : start_all_reduce_max)(t, memory.data(), n, counter, NULL);
+    }
+    void check(void) {
+        Bytes got = memory.content();
+        for (size_t i = 0; i < n; i++) {
+            uint32_t want = value(0, i, salt), have;
+            for (int r = 1; r < t->group->size; r++) {
+                uint32_t other = value(r, i, salt);
+                want = least ? std::min(want, other) : std::max(want, other);
+            }
+            memcpy(&have, got.data() + 4 * i, 4);
+            CHECK(have == want, "%s %zu of %zu: 0x%x, not 0x%x", least ? "min" : "max", i, n, have, want);
+        }
+    }
+};
+
+template <class What, class... A> static void run(A... a) {
+    What what(a...);
+    what.start();
+    finish(what.t);
+    what.check();
+}
+
+// part_bytes: a multiple of 64
+static void run_kind(Transfer* t, uint32_t kind, size_t part_bytes, uint32_t salt) {
+    switch (kind % 8) {
+        case 0: run<Gather>(t, part_bytes, salt, salt % 2 == 0 ? ALL_GATHER : SCALES); break;
+        case 1: run<Exchange>(t, part_bytes, salt); break;
+        case 2: run<Ring<float>>(t, part_bytes / 4, salt); break;
+        case 3: run<Ring<bf16>>(t, part_bytes / 2, salt); break;
+        case 4: if (t->group->transport != OVER_NCCL) { run<Ring<e4m3>>(t, part_bytes, salt); } break;  // which NCCL has for some GPUs only
+        case 5: if (t->group->transport != OVER_NCCL) { run<Ring<e5m2>>(t, part_bytes, salt); } break;
+        case 6: run<Bits>(t, part_bytes / 4, true, salt, salt % 2 == 0 ? SCALES : ALL_REDUCE_MAX); break;
+        default: run<Bits>(t, part_bytes / 4 + 1, false, salt, salt % 2 == 0 ? SCALES : ALL_REDUCE_MAX); break;
+    }
+}
+
+// the longest, of several messages or of one that is not copied on its way; where many ranks share few cores a shorter one
+static size_t largest_part(int ranks) { return ranks > 4 ? 80 * 1024 : 300 * 1024; }
+
+static void check_kinds(Transfer* t) {
+    CHECK(transfer_done(t));  // nothing was started yet
+    for (uint32_t kind = 0; kind < 8; kind++) {
+        const size_t parts[] = {0, 64, 128, 4096, 64 * 601, largest_part(t->group->size)};
+        for (size_t part : parts) { run_kind(t, kind, part, kind); }
+    }
+    for (size_t n : {1, 5, 1000}) {  // scales are counted one by one
+        run<Bits>(t, n, true, (uint32_t)n, SCALES);
+        run<Bits>(t, n, false, (uint32_t)n, SCALES);
+    }
+    // one after the other with no barrier, each rank at its own pace
+    for (uint32_t i = 0; i < 40; i++) {
+        uint64_t h = hash_of(i, 0, 1);
+        usleep((unsigned)(hash_of(i, (uint64_t)t->group->rank, 2) % 1500));
+        run_kind(t, (uint32_t)(h % 8), (h >> 8) % 40 * 64 * ((h >> 16) % 4 == 0 ? 20 : 1), 100 + i);
+    }
+}
+
+// One rank does not start before all others have seen that their transfer is not done: who waited in between would wait for ever.
+template <class What> static void check_late(What&& what, int late) {
+#ifdef USE_MPI
+    Group* g = what.t->group;
+    const int TAG = 9;
+    if (g->rank == late) {
+        for (int i = 1; i < g->size; i++) { MPI_CHECK(MPI_Recv(NULL, 0, MPI_BYTE, MPI_ANY_SOURCE, TAG, MPI_COMM_WORLD, MPI_STATUS_IGNORE)); }
+        what.start();
+    } else {
+        what.start();
+        for (int i = 0; i < 200; i++) { CHECK(!transfer_done(what.t), "rank %d has not begun", late); }
+        MPI_CHECK(MPI_Send(NULL, 0, MPI_BYTE, late, TAG, MPI_COMM_WORLD));
+    }
+    finish(what.t);
+    what.check();
+#else
+    (void)what, (void)late;
+#endif
+}
+
+static void check_lateness(Transfer* t) {
+    Group* g = t->group;
+    if (g->transport != OVER_MPI) { return; }
+    for (int late : {0, g->size - 1}) {
+        for (size_t part : {(size_t)64, (size_t)64 * 1024}) {
+            uint32_t salt = (uint32_t)(late * 10 + 500);
+            check_late(Gather(t, part, salt, ALL_GATHER), late);
+            check_late(Exchange(t, part, salt), late);
+            check_late(Ring<float>(t, part / 4, salt), late);
+            check_late(Ring<e4m3>(t, part, salt), late);
+            check_late(Bits(t, part / 4, true, salt, SCALES), late);
+        }
+    }
+}
+
+// one process alone: whatever the length, nothing is done, and at once
+static void check_alone(Transfer* t) {
+    if (t->group->transport != ALONE) { return; }
+    for (size_t n : {0, 1, 63, 1000}) {
+        run<Gather>(t, n, 1u, ALL_GATHER);
+        run<Exchange>(t, n, 1u);
+        run<Ring<bf16>>(t, n, 1u);
+        run<Bits>(t, n, true, 1u, SCALES);
+    }
+    for (int i = 0; i < COMM_OPERATIONS; i++) { CHECK(t->group->bytes_sent[i] == 0); }
+}
+
+static int run_rank(const char* mode, const char* argument, int argc, char** argv) {
+    World world = world_init(&argc, &argv);
+    const int R = atoi(argument);
+    CHECK(world.size == R, "%d ranks", world.size);
+    world_select_device(&world);
+    Group group = group_world(&world, true);
+    const Transport transport = group.transport;
+    if (strcmp(mode, "exchange") == 0) {
+        Transfer t;
+        transfer_create(&t, &group, 0);  // nothing is staged
+        if (transport != OVER_MPI_STAGED) { check_kinds(&t); }
+        check_lateness(&t);
+        check_alone(&t);
+        transfer_free(&t);
+        CHECK(t.group == NULL);
+        if (transport == OVER_MPI || transport == OVER_MPI_STAGED) {  // as ranks do that share a GPU
+            group.transport = OVER_MPI_STAGED;
+            transfer_create(&t, &group, largest_part(R) * (size_t)R);  // to the byte
+            check_kinds(&t);
+            transfer_free(&t);
+            group.transport = transport;
+        }
+        group_free(&group);
+        world_finalize(&world);
+        return 0;
+    }
+    bool staged = strncmp(mode, "staged ", 7) == 0;
+    if (staged || transport != OVER_MPI) { group.transport = OVER_MPI_STAGED; }
+    Transfer t;
+    transfer_create(&t, &group, strstr(mode, "long") != NULL ? 128 * (size_t)R - 64 : 4096);
+    if (strstr(mode, "gather") != NULL) { run<Gather>(&t, (size_t)63, 1u, ALL_GATHER); }
+    if (strstr(mode, "exchange") != NULL) { run<Exchange>(&t, (size_t)96, 1u); }
+    if (strstr(mode, "ring") != NULL) { run<Ring<bf16>>(&t, (size_t)33, 1u); }
+    if (strstr(mode, "long") != NULL) { run<Gather>(&t, (size_t)128, 1u, ALL_GATHER); }
+    CHECK(false, "was not refused");
+    return 0;
+}
+
+// ---- the tests ----
+
+static void ranks_agree(int ranks) {
+    if (!can_launch(ranks)) { skip(); }
+    char argument[8];
+    snprintf(argument, sizeof(argument), "%d", ranks);
+    expect_ranks(ranks, "exchange", argument, NULL, 60, 0);
+}
+static void one_process_keeps_its_own(void**) { ranks_agree(1); }
+static void two_ranks_agree(void**) { ranks_agree(2); }
+static void three_ranks_agree(void**) { ranks_agree(3); }
+static void four_ranks_agree(void**) { ranks_agree(4); }
+static void five_ranks_agree(void**) { ranks_agree(5); }
+static void eight_ranks_agree(void**) { ranks_agree(8); }
+
+static void refused(const char* mode, const char* line) {
+    if (!can_launch(2)) { skip(); }
+    Launched l = expect_ranks(2, mode, "2", NULL, 30, 1);
+    expect_line(&l, line);
+}
+
+static void parts_that_are_no_multiple_of_64_bytes_are_refused(void**) {
+    refused("gather", "a part of 63 bytes cannot be sent in one piece");
+    refused("exchange, uneven", "a part of 96 bytes cannot be sent in one piece");
+    refused("ring", "a part of 66 bytes cannot be sent in one piece");
+}
+
+static void arrays_longer_than_their_staging_are_refused(void**) { refused("staged long", "an array of 256 bytes is staged through 192"); }
+
+int main(int argc, char** argv) {
+    if (argc == 3) { return run_rank(argv[1], argv[2], argc, argv); }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(one_process_keeps_its_own), cmocka_unit_test(two_ranks_agree), cmocka_unit_test(three_ranks_agree),
+        cmocka_unit_test(four_ranks_agree), cmocka_unit_test(five_ranks_agree), cmocka_unit_test(eight_ranks_agree),
+        cmocka_unit_test(parts_that_are_no_multiple_of_64_bytes_are_refused), cmocka_unit_test(arrays_longer_than_their_staging_are_refused),
+    };
+    return cmocka_run_group_tests_name("transfers", tests, NULL, NULL);
+}
