@@ -13,7 +13,7 @@ endif
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all binary tests config help clean setup test soak demo bench
+.PHONY: all binary tests experiments config help clean setup test soak demo bench
 
 # These need no configuration; test, soak, demo and bench first install what is missing and then call make again.
 UNCONFIGURED := help clean setup test soak demo bench
@@ -54,12 +54,16 @@ LINK := $(CXX) -fopenmp $(SANITIZERS)
 LIBS := $(EXTRA_LDFLAGS) $(DEVICE_LIBS) $(MPI_LIBS) $(JSON_LIBS) -lm
 
 TESTS := $(patsubst test/%.cpp,$(BUILD)/test/%,$(wildcard test/*.cpp))
+EXPERIMENTS := $(patsubst scripts/%.cu,$(BUILD)/scripts/%,$(wildcard scripts/*.cu))
 
 all: train_gpt_fp8 ## the trainer, ./train_gpt_fp8, for the device that was found or asked for
 
 binary: $(BUILD)/train_gpt_fp8 ## the same in its build folder only, leaving ./train_gpt_fp8 as it is
 
 tests: $(TESTS) ## the unit tests' programs, without running them
+
+# The programs that scripts/exp*.sh run
+experiments: $(EXPERIMENTS)
 
 config: ## show what was detected and the command lines that follow from it
 	@$(foreach v,DEVICE WHY BUILD CXX NVCC CUDA_HOME GPU_ARCH MPI NCCL ONEDNN JSON COMPILE TEST_CFLAGS LINK LIBS,\
@@ -78,7 +82,7 @@ $(BUILD)/%.o: %.cpp $(BUILD)/flags
 	@mkdir -p $(@D) && rm -f $(BUILD)/$*
 	$(COMPILE) $(TEST_CFLAGS) -MMD -MP -MF $(BUILD)/$*.d -c $< -o $@
 
-$(BUILD)/train_gpt_fp8: $(BUILD)/train_gpt_fp8.o
+$(BUILD)/train_gpt_fp8 $(EXPERIMENTS): $(BUILD)/%: $(BUILD)/%.o
 	$(LINK) $< -o $@ $(LIBS)
 
 $(TESTS): $(BUILD)/test/%: $(BUILD)/test/%.o
@@ -96,7 +100,7 @@ $(BUILD)/flags:
 .PHONY: .FORCE
 .FORCE:
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/scripts/*.d)
 endif
 
 setup: ## install by apt-get what is missing, saying what each package is for

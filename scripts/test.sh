@@ -133,7 +133,7 @@ for source in test/*.cpp; do
     fi
 done
 start=$SECONDS
-make -s -k -j"$cores" DEVICE="$DEVICE" binary "${programs[@]}" > "$log" 2>&1 || true
+make -s -k -j"$cores" DEVICE="$DEVICE" binary experiments "${programs[@]}" > "$log" 2>&1 || true
 sed 's/^/    /' "$log" # silent when all is well; warnings and errors are for everyone to see
 [ -x "$TRAIN" ] || fail train_gpt_fp8 "does not build"
 echo "built in $((SECONDS - start)) s"
