@@ -1,14 +1,15 @@
 // adam_fp8.cuh: the optimizer: gradient norm, the decision whether to step, AdamW.
 //
-// After the gradients of a step are summed over ranks, three kernels run, and the host waits for none of them:
+// After the gradients of a step are reduced over ranks, these run, and the host waits for none of them:
 //   1. the squared norm: partial sums over fixed pieces of 4096 elements of each tensor, added in float64 by a fixed tree a tensor, then in the tensors' order, so that the value
-//      does not depend on how tensors are spread over threads or ranks;
+//      does not depend on how tensors are spread over threads or ranks. A gradient in FP8 is read as codes; its descale enters with the tensor's sum. The same pass counts the
+//      codes at the maximum, which steer the headroom of the reduction;
 //   2. the decision, on the device, alike on every rank: a step whose loss or norm is not finite, or stands out by more than the allowed z-score from
 //      the last 128 steps, is skipped and leaves no trace in weights, moments or bias corrections (a value that is not finite does not enter the
 //      windows either). Its outcome is a record that the host reads while the next step runs;
 //   3. AdamW (Loshchilov & Hutter) with decoupled weight decay on the FP32 master weights,
 //          m = β1·m + (1-β1)·g,  v = β2·v + (1-β2)·g²,  w = w - lr·(m/(1-β1^t) / (√(v/(1-β2^t)) + ε) + decay·w),
-//      where g is the gradient times the clip factor, and t counts the applied steps only. The same kernel writes the weight of the forward pass. An FP8
+//      where g is the gradient, its codes times descale and clip factor, and t counts the applied steps only. The same kernel writes the weight of the forward pass. An FP8
 //      weight takes its scale from this step's amax, so it is written in a second pass.
 #pragma once
 #include "core/gradient.cuh" // pieces, formats of gradients
@@ -46,11 +47,11 @@ struct OptimizerState {      // on the device; all of it outlives a step
 
 // Puts a value into a full window in place of the oldest and gives its z-score in it; NaN while the window fills. Non-finite values leave no trace.
 DEVICE double outlier_score(OutlierWindow* w, double value) {
-    if (!(value - value == 0.0)) { return value - value; }
+    if (!is_finite(value)) { return not_a_number(); }
     bool full = w->count == OUTLIER_WINDOW;
     w->values[w->next] = value;
     w->next = (w->next + 1) % OUTLIER_WINDOW;
-    if (!full) { w->count++; return bits_to_float(0x7fc00000u); }
+    if (!full) { w->count++; return not_a_number(); }
     double sum = 0.0, squares = 0.0;
     for (int i = 0; i < OUTLIER_WINDOW; i++) { sum += w->values[i]; }
     double mean = sum / OUTLIER_WINDOW;
@@ -125,12 +126,12 @@ struct Decide {
         for (int i = 0; i < tensors; i++) { squared += sums[i]; }
         r->grad_norm = sqrt(squared);
         r->loss = (double)*loss;
-        bool loss_ok = r->loss - r->loss == 0.0, norm_ok = r->grad_norm - r->grad_norm == 0.0;
+        bool loss_ok = is_finite(r->loss), norm_ok = is_finite(r->grad_norm);
         if (loss_ok && norm_ok) {  // a step that is thrown away for one must not count in the other's window
             r->loss_z = outlier_score(&o->losses, r->loss);
             r->norm_z = outlier_score(&o->norms, r->grad_norm);
         } else {
-            r->loss_z = r->norm_z = bits_to_float(0x7fc00000u);
+            r->loss_z = r->norm_z = not_a_number();
         }
         r->skipped = !loss_ok ? SKIP_NON_FINITE_LOSS
             : !norm_ok ? SKIP_NON_FINITE_NORM

@@ -13,10 +13,12 @@
 //               sums' amax | round once, collect the parts
 //
 // One bucket is under way at a time. It is quantised out of its accumulators into `payload`; the reduced gradient comes back into the accumulators' own
-// memory, of which it needs the first bytes: so gradients take no more memory than their accumulators, plus the payload of the largest bucket.
+// memory, of which it needs the first bytes. So gradients take no more memory than their accumulators; what the exchanges work in is once the largest
+// bucket as it travels, for `direct` twice and its share of FP32 sums.
 //
 // μ is the headroom that a ring's hop-wise sum in FP8 needs: q = FP8(μ·s·g), with one shared power-of-two scale s and μ in [1/ranks, 1]. `pre` is
-// 1/ranks, `post` 1, `sqrt` 1/√ranks, and `auto` FP8-LM's: it starts at 1/√ranks, and each tensor's μ follows how many of its reduced codes saturate.
+// 1/ranks, `post` 1, `sqrt` 1/√ranks, and `auto` FP8-LM's: it starts at 1/√ranks, and each tensor's μ follows how many of its reduced codes saturate. It
+// is the only state of a reduction that outlives a step, and part of what a checkpoint holds; a skipped step leaves it alone.
 #pragma once
 #include "core/params.h"     // Param, ParamTable
 #include "core/profile.h"    // ProfileScope
@@ -86,7 +88,6 @@ enum GradScaling { SCALING_PRE, SCALING_POST, SCALING_SQRT, SCALING_AUTO };
 enum GradReduce { REDUCE_RING, REDUCE_DIRECT };
 
 struct Bucket {      // tensors that travel together, in one format
-    const char* name;
     int layer;       // as in Param; ALL_LAYERS for the vectors
     DType accum, wire;
     int first, count;  // of its tensors in Reduction::tensors
@@ -122,7 +123,7 @@ struct Reduction {
     uint32_t* amax;            // 0 between steps
     float* accum_slots;        // (params, 4)
     float* slots;              // (params, 4) of the reduced gradients; the same array where nothing is exchanged
-    float* mu;
+    float* mu;                 // outlives a step
     CodeCounts* counts;        // of this rank in this step
     float* count_sums;         // (2, params) underflow and saturated, over the ranks
     TensorStatistics* statistics;
@@ -147,6 +148,7 @@ static inline Param* bucket_param(const Reduction* r, const Bucket* b, int k) { 
 // Its accumulators hold what is sent: nothing is quantised
 static inline bool sent_as_it_is(const Bucket* b) { return b->wire == b->accum && !is_fp8(b->wire); }
 static inline char* payload_of(const Reduction* r, const Bucket* b) { return sent_as_it_is(b) ? b->memory : r->payload; }
+static inline CommOperation counted_as(const Bucket* b, CommOperation op) { return b->layer == ALL_LAYERS ? VECTORS : op; }
 static inline bool exchanges(const Reduction* r) { return r->group->size > 1; }
 static inline bool sends_fp8(const Reduction* r) { return exchanges(r) && r->quantised > 0; }
 
@@ -168,7 +170,7 @@ static inline void reduction_plan(Reduction* r, Group* group, ParamTable* table,
         }
         int layer = p->format_class == VECTOR ? ALL_LAYERS : p->layer, k = 0;
         while (k < r->bucket_count && (r->buckets[k].layer != layer || r->buckets[k].accum != p->accum || r->buckets[k].wire != p->wire)) { k++; }
-        if (k == r->bucket_count) { r->buckets[r->bucket_count++] = Bucket{p->name, layer, p->accum, p->wire, 0, 0, 0, NULL, false}; }
+        if (k == r->bucket_count) { r->buckets[r->bucket_count++] = Bucket{layer, p->accum, p->wire, 0, 0, 0, NULL, false}; }
         bucket_of[i] = k;
         r->quantised += is_fp8(p->wire);
     }
@@ -243,16 +245,17 @@ static inline float first_mu(GradScaling scaling, int ranks) {
 // After the memory is there: everything as it is before the first step
 static inline void reduction_start_up(Reduction* r) {
     int n = r->table->count;
-    r->stream = stream_create();
+    r->stream = urgent_stream_create();
     r->ready = event_create();
     r->backward_done = timed_event_create();
     r->done = timed_event_create();
-    size_t largest = PART_BYTES;
+    size_t largest = PART_BYTES, payload_bytes = 0;
     for (int k = 0; k < r->bucket_count; k++) {
         Bucket* b = &r->buckets[k];
-        size_t bytes = b->elements * (size_t)dtype_bytes(b->accum);
-        device_zero(b->memory, bytes, r->stream);
+        device_zero(b->memory, b->elements * (size_t)dtype_bytes(b->accum), r->stream);
+        size_t bytes = b->elements * (size_t)dtype_bytes(b->wire);
         largest = max_of(largest, bytes);
+        payload_bytes = max_of(payload_bytes, sent_as_it_is(b) ? 0 : bytes);
     }
     device_zero(r->amax, (size_t)n * sizeof(uint32_t), r->stream);
     run_rows(ResetSlots{r->accum_slots}, n, r->stream);
@@ -271,6 +274,7 @@ static inline void reduction_start_up(Reduction* r) {
         copy_to_device(r->mu, mu, (size_t)n * sizeof(float), r->stream);
         copy_to_device(r->tensor_params, params, (size_t)n * sizeof(int), r->stream);
         copy_to_device(r->elements, elements, (size_t)n * sizeof(double), r->stream);
+        device_zero(r->payload, payload_bytes, r->stream);  // what lies between tensors travels with them
         device_zero(r->scales, (size_t)r->group->size * (size_t)r->scale_row * sizeof(float), r->stream);
         stream_sync(r->stream);
         free(mu);
@@ -361,11 +365,11 @@ static inline bool ring_phase(Reduction* r, const Bucket* b, int phase) {
         case 1:
             if (is_fp8(b->wire)) { run_rows(RingSlots{r->slots, r->scales, r->mu, r->tensor_params + b->first}, b->count, r->stream); }
             make_payload(r, b, [](Param* p, int) { return p->grad_slot + 1; });
-            start_ring_sum(&r->transfer, payload, r->received, part, b->wire, r->stream);
+            start_ring_sum(&r->transfer, payload, r->received, part, b->wire, counted_as(b, REDUCE_SCATTER), r->stream);
             return true;
         case 2:
             if (payload != b->memory) { device_copy(b->memory + mine, payload + mine, part_bytes, r->stream); }
-            start_all_gather(&r->transfer, b->memory, part_bytes, ALL_GATHER, r->stream);
+            start_all_gather(&r->transfer, b->memory, part_bytes, counted_as(b, ALL_GATHER), r->stream);
             return true;
         default: return false;
     }
@@ -384,9 +388,9 @@ static inline bool direct_phase(Reduction* r, const Bucket* b, int phase) {
             }
             return true;
         case 1:
-            if (fp8) { run_rows(SenderDescales{r->descales, r->scales}, (int)row * r->group->size, r->stream); }
+            if (fp8) { run_rows(SenderDescales{r->descales, r->scales, (int)row}, r->group->size, r->stream); }
             make_payload(r, b, [=](Param*, int k) { return mine + k; });
-            start_all_to_all(&r->transfer, r->received, payload_of(r, b), part_bytes, r->stream);
+            start_all_to_all(&r->transfer, r->received, payload_of(r, b), part_bytes, counted_as(b, ALL_TO_ALL), r->stream);
             return true;
         case 2:
             if (fp8) { device_zero(r->sum_amax, row * sizeof(uint32_t), r->stream); }
@@ -405,7 +409,7 @@ static inline bool direct_phase(Reduction* r, const Bucket* b, int phase) {
             each_stretch_of_part(r, b, [=](Param* p, int, size_t first, size_t n) {
                 quantise(b->wire, advance(b->memory, b->wire, first), FP32, r->sums + (first - begin), NULL, p->grad_slot + 1, NULL, n, r->stream);
             });
-            start_all_gather(&r->transfer, b->memory, part_bytes, ALL_GATHER, r->stream);
+            start_all_gather(&r->transfer, b->memory, part_bytes, counted_as(b, ALL_GATHER), r->stream);
             return true;
         default: return false;
     }
@@ -482,14 +486,13 @@ struct UpdateMu {
     const float* sums;        // (2, params) over the ranks
     const double* top_codes;  // reduced codes at the maximum
     const double* elements;
-    const float* slots;
+    const int* apply;         // points to 0 where the step was skipped: then the headroom stays
     int params, ranks;
     bool ring, automatic;
     template <class Team> DEVICE void operator()(Team team, int i) const {
         if (!team.leads()) { return; }
         double n = elements[i], all = n * ranks;
-        // a tensor that was not finite leaves no trace in the headroom
-        if (automatic && is_finite(slots[4 * (size_t)i])) { mu[i] = next_mu(mu[i], top_codes[i], n, ranks); }
+        if (automatic && *apply != 0) { mu[i] = next_mu(mu[i], top_codes[i], n, ranks); }
         statistics[i] = TensorStatistics{(float)((double)sums[i] / all), (float)(ring ? top_codes[i] / n : (double)sums[params + i] / all), mu[i]};
     }
 };
@@ -501,10 +504,11 @@ static inline void reduction_count(Reduction* r, Stream compute) {
     all_reduce_sum(r->group, r->count_sums, 2 * (size_t)r->table->count, compute);
 }
 
-// After the norm, which has counted each parameter's reduced codes at the maximum: the statistics of the step, and the headroom of the next.
-static inline void reduction_adapt(Reduction* r, const double* top_codes, Stream compute) {
+// After the decision, and the norm, which has counted each parameter's reduced codes at the maximum: the statistics of the step, and the headroom of the
+// next. `apply`: on the device, 0 where the step was skipped.
+static inline void reduction_adapt(Reduction* r, const double* top_codes, const int* apply, Stream compute) {
     if (!sends_fp8(r)) { return; }
     bool ring = r->config.algorithm == REDUCE_RING;
-    run_rows(UpdateMu{r->statistics, r->mu, r->count_sums, top_codes, r->elements, r->slots, r->table->count, r->group->size, ring,
+    run_rows(UpdateMu{r->statistics, r->mu, r->count_sums, top_codes, r->elements, apply, r->table->count, r->group->size, ring,
                       ring && r->config.scaling == SCALING_AUTO}, r->table->count, compute);
 }

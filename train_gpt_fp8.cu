@@ -159,11 +159,11 @@ static void option_table(OptionTable* t, Args* a) {
         option_choice("fp8-scaling", NULL, &a->fp8_scaling, "delayed|current", "S", "scales of X and dY: from the amaxes of the last 16 steps, or of the tensor itself"),
         option_choice("fp8-fwd", NULL, &a->fp8_fwd, "e4m3|e5m2", "F", "format of X"),
         option_choice("fp8-bwd", NULL, &a->fp8_bwd, "e4m3|e5m2", "F", "format of dY"),
-        option_custom("bf16-layers", NULL, &a->bf16_layers, parse_bf16_layers, print_bf16_layers, "first:N,last:M", "layers left in BF16 under recipe fp8"),
+        option_custom("bf16-layers", NULL, &a->bf16_layers, parse_bf16_layers, print_bf16_layers, "first:N,last:M", "layers left in BF16 under recipes fp8 and fp8-lm"),
         option_choice("grad-dtype", NULL, &a->grad_dtype, "fp32|bf16|e4m3=fp8|e5m2", "F", "weight gradients on the wire; vectors travel in FP32", "by --recipe"),
-        option_choice("grad-reduce", NULL, &a->grad_reduce, "ring|direct", "A", "ring: adds codes, rounded at every hop; direct: the owner of a part adds all ranks' in FP32", "by --recipe"),
+        option_choice("grad-reduce", NULL, &a->grad_reduce, "ring|direct", "A", "ring: adds codes, rounded at every hop; direct: the owner of a part adds all ranks' in FP32", "by --recipe; direct where other recipes send FP8"),
         option_choice("grad-scaling", NULL, &a->grad_scaling, "pre|post|sqrt|auto", "S", "headroom of an FP8 ring: 1/ranks, 1, 1/sqrt(ranks), or as the paper adapts it", "auto"),
-        option_choice("grad-accum-dtype", NULL, &a->grad_accum_dtype, "fp32|bf16|e4m3", "F", "weight gradients while micro-batches are added up", "by --recipe"),
+        option_choice("grad-accum-dtype", NULL, &a->grad_accum_dtype, "fp32|bf16|e4m3=fp8", "F", "weight gradients while micro-batches are added up; for e4m3 embeddings take bf16", "by --recipe"),
         option_choice("grad-accum-rounding", NULL, &a->grad_accum_rounding, "nearest|stochastic", "R", "of accumulators below FP32", "stochastic; nearest for e4m3"),
         option_int("recompute", "r", &a->recompute, 0, 2, "N", "in backward again instead of kept: 0 nothing, 1 GELU, 2 GELU and LayerNorm"),
         option_group("Output"),
@@ -508,7 +508,7 @@ static Tensor take_tensor(Memory* memory, MemoryCategory category, DType dtype, 
     return t;
 }
 
-static void model_allocate(Model* m, Group* group, Memory* memory) {
+static void model_allocate(Model* m, Memory* memory) {
     const GptConfig* c = &m->config;
     size_t C = (size_t)c->width, rows = (size_t)rows_of(m), act = (size_t)dtype_bytes(c->act);
     // weights
@@ -598,7 +598,6 @@ static void model_allocate(Model* m, Group* group, Memory* memory) {
     if (!memory->committed) { plan_matmuls(m); }
     void* matmul_workspace = memory_take(memory, WORKSPACE, m->matmul.planned, 1);
     if (memory->committed) { matmul_set_workspace(&m->matmul, matmul_workspace, m->matmul.planned); }
-    group_set_buffer(group, memory_take(memory, COMMUNICATION, group_buffer_bytes(group), 1));
 }
 
 // Everything about a model but its memory, which is only counted
@@ -615,14 +614,14 @@ static void model_plan(Model* m, const GptConfig* config, Group* group, Memory* 
     m->statistics = (TensorStatistics*)pinned_alloc((size_t)m->params.count * sizeof(TensorStatistics));
     m->record_ready = event_create();
     matmul_create(&m->matmul);
-    model_allocate(m, group, memory);
+    model_allocate(m, memory);
 }
 
 // Takes the planned memory, and sets all state that is not weights to what it is before the first step
-static void model_commit(Model* m, Group* group, Memory* memory) {
+static void model_commit(Model* m, Memory* memory) {
     const GptConfig* config = &m->config;
     memory_commit(memory);
-    model_allocate(m, group, memory);
+    model_allocate(m, memory);
     memory_check(memory);
     optimizer_reset(&m->optimizer, &m->params, m->stream);
     reduction_start_up(&m->reduction);
@@ -955,9 +954,9 @@ static void finish_step(Model* m, Group* group, const StepSettings* settings, fl
         if (m->sites.count > 0) { all_reduce_max(group, (float*)m->sites.amax, (size_t)m->sites.count, m->stream); }
     }
     optimizer_decide(&m->optimizer, &m->params, r->slots, m->loss_mean, settings->rules, m->stream);
-    reduction_adapt(r, m->optimizer.tops, m->stream);
+    reduction_adapt(r, m->optimizer.tops, &m->optimizer.state->apply, m->stream);
     optimizer_update(&m->optimizer, &m->params, settings->rates, settings->weight_decay, m->stream);
-    if (r->statistics != NULL) { copy_to_pinned(m->statistics, r->statistics, (size_t)m->params.count * sizeof(TensorStatistics), m->stream); }
+    if (sends_fp8(r)) { copy_to_pinned(m->statistics, r->statistics, (size_t)m->params.count * sizeof(TensorStatistics), m->stream); }
     copy_to_pinned(m->record, &m->optimizer.state->record, sizeof(StepRecord), m->stream);
     event_record(m->record_ready, m->stream);
     if (m->sites.count > 0) {
@@ -1117,7 +1116,11 @@ static void resolve_gradients(Run* r) {
         bad_input("--log-tensors: no gradient is sent in FP8 here (%s, %d rank%s), so there is nothing to log", wire, r->group.size, r->group.size == 1 ? "" : "s");
     }
 #ifdef NCCL_TRANSPORT
-    if (r->group.transport == OVER_NCCL && quantised && a->grad_reduce == REDUCE_RING && device_capability() < 90) {
+    bool ring_of_codes = r->group.transport == OVER_NCCL && quantised && a->grad_reduce == REDUCE_RING;
+    if (ring_of_codes && !nccl_adds_fp8()) {
+        bad_input("--grad-reduce ring with --grad-dtype %s: NCCL adds FP8 from version 2.24.3 on, and this one is older; take --grad-reduce direct", wire);
+    }
+    if (ring_of_codes && device_capability() < 90) {
         bad_input("--grad-reduce ring with --grad-dtype %s: NCCL adds FP8 on GPUs of capability 9.0 and up, and this one has %d.%d; take --grad-reduce direct", wire,
             device_capability() / 10, device_capability() % 10);
     }
@@ -1329,8 +1332,10 @@ __attribute__((format(printf, 3, 4))) static void table_add(Table* t, const char
 // Has the option no meaning beside the others?
 static bool is_unused(const Run* r, const Option* o) {
     const GptConfig* c = &r->config;
-    bool ring = is_fp8(c->wire) && c->reduction.algorithm == REDUCE_RING;
-    return (o->value == &r->args.grad_scaling && !ring) || (o->value == &r->args.grad_accum_rounding && c->accum == FP32);
+    const Args* a = &r->args;
+    bool sent = r->group.size > 1, ring = is_fp8(c->wire) && c->reduction.algorithm == REDUCE_RING;
+    if (o->value == &a->grad_dtype || o->value == &a->grad_reduce) { return !sent; }
+    return (o->value == &a->grad_scaling && !(sent && ring)) || (o->value == &a->grad_accum_rounding && c->accum == FP32);
 }
 
 static void print_settings(const Run* r) {
@@ -1521,6 +1526,8 @@ static void setup(Run* r, int argc, char** argv) {
     resolve_batch(r);
     resolved_text(r, text, sizeof(text));
     require_same_everywhere(&r->group, "data and model", text);
+    settings_text(r, text, sizeof(text));  // again, with what the recipe has set: a flag that was given may be another's default
+    require_same_everywhere(&r->group, "flags", text);
     model_plan(&r->model, &r->config, &r->group, &r->memory);
     memory_require(&r->memory, r->world.ranks_per_device, "a smaller --micro-batch or --seq-len, or a higher --recompute, needs less");
     barrier(&r->group);  // every rank has found its input good: from here on things are written
@@ -1530,7 +1537,7 @@ static void setup(Run* r, int argc, char** argv) {
         r->log = log_open("--output-dir", r->args.output_dir, false);
     }
     barrier(&r->group);
-    model_commit(&r->model, &r->group, &r->memory);
+    model_commit(&r->model, &r->memory);
     model_set_weights(&r->model, &r->group, r->has_file ? &r->file : NULL);
     if (r->has_file) { llmc_close(&r->file); }
     resolve_peak(r);

@@ -5,21 +5,14 @@
 // was not started by an MPI launcher, or was built without MPI, is one process: then nothing here sends anything, and MPI, whose start
 // costs 0.3 s, is not touched.
 //
-// Sums are in FP32 in the order of the ranks, ((r0 + r1) + r2) + …, whatever the version of MPI and wherever an array is cut: the n
-// elements are cut into one part a rank, every rank sends each part to its owner, the owner adds what it receives in the order of the
-// ranks, and sends the result to all. It goes in chunks through one pipeline, so that a chunk is added while the next arrives, and sent
-// on while it is in the cache:
-//
-//     step c:  start the exchange of chunk c+1 | wait for chunk c | add | start sending its sums
-//
-// A rank sends n·4 - own + own·(R-1) bytes, own being its part's: 2·4n·(R-1)/R if R divides n, as a ring does. NCCL sums in an order of
-// its own; in both every rank ends with the same bytes.
+// What is here is small, losses, counts and amaxes, but for the broadcast, or happens once; what carries gradients is in transfers.cuh. Over MPI sums are
+// taken in the order of the ranks, ((r0 + r1) + r2) + …, whatever the version of MPI: everyone gathers everyone's values and adds them. NCCL sums in an
+// order of its own; in both every rank ends with the same bytes.
 //
 //     World world = world_init(&argc, &argv);
 //     world_select_device(&world);
 //     Group group = group_world(&world, false);
-//     group_set_buffer(&group, memory_take(&memory, COMMUNICATION, group_buffer_bytes(&group), 1));
-//     all_reduce_sum(&group, gradients, n, stream);
+//     all_reduce_sum(&group, losses, n, stream);
 //     group_free(&group);
 //     world_finalize(&world);
 //
@@ -51,20 +44,19 @@ struct World {
 
 enum Transport { ALONE, OVER_MPI, OVER_MPI_STAGED, OVER_NCCL };
 
+// What bytes are counted under: the operation, but exchanges of scales and the gradients of vectors by themselves
 enum CommOperation {
-    ALL_REDUCE_SUM, ALL_REDUCE_MAX, SCALES, REDUCE_SCATTER, ALL_TO_ALL, ALL_GATHER, BROADCAST, HOST_ALL_REDUCE_SUM, HOST_ALL_GATHER, COMM_OPERATIONS
+    ALL_REDUCE_SUM, ALL_REDUCE_MAX, SCALES, VECTORS, REDUCE_SCATTER, ALL_TO_ALL, ALL_GATHER, BROADCAST, HOST_ALL_REDUCE_SUM, HOST_ALL_GATHER, COMM_OPERATIONS
 };
 
 static const char* const comm_names[COMM_OPERATIONS] = {
-    "all_reduce_sum", "all_reduce_max", "scales", "reduce_scatter", "all_to_all", "all_gather", "broadcast", "host_all_reduce_sum",
+    "all_reduce_sum", "all_reduce_max", "scales", "vectors", "reduce_scatter", "all_to_all", "all_gather", "broadcast", "host_all_reduce_sum",
     "host_all_gather"
 };
 
-constexpr size_t COMM_CHUNK_BYTES = 1024 * 1024;            // of one message; smaller: ranks that share cores wait more often
-constexpr size_t COMM_BUFFER_BYTES = 16 * 1024 * 1024;      // with many ranks the chunks get smaller, down to 4 KiB
 constexpr size_t COMM_BROADCAST_BYTES = 16 * 1024 * 1024;   // a broadcast is cut into these: MPI counts with int
 constexpr size_t COMM_STAGING_BYTES = 16 * 1024 * 1024;     // pinned, of a group that is staged
-constexpr int COMM_HOST_DOUBLES = 64;                       // that go in one message
+constexpr size_t COMM_GATHER_BYTES = 4096;                  // of each rank, that are gathered and added at a time
 
 // Processes that exchange data.
 struct Group {
@@ -74,23 +66,13 @@ struct Group {
     uint64_t bytes_sent[COMM_OPERATIONS];  // payload that this rank has sent
 #ifdef USE_MPI
     MPI_Comm comm;
-    MPI_Request* requests;      // (2, 4 * (size - 1)): of even and odd chunks: receives and sends of parts, then of sums
-    MPI_Status* statuses;       // (2 * (size - 1))
-    double* gathered;           // (size, COMM_HOST_DOUBLES)
-    float* slots;               // (2, size - 1, comm_chunk): the parts that arrive, for even and odd chunks
-    float* staging;             // COMM_STAGING_BYTES, pinned, then the slots
+    void* gathered;             // (size, COMM_GATHER_BYTES) host
+    void* staging;              // COMM_STAGING_BYTES, pinned, of a group that is staged
 #endif
 #ifdef NCCL_TRANSPORT
     ncclComm_t nccl;
 #endif
 };
-
-// elements of one message
-static inline size_t comm_chunk(int size) {
-    size_t bytes = COMM_BUFFER_BYTES / (2 * (size_t)max_of(size - 1, 1)) / 4096 * 4096;
-    return min_of(COMM_CHUNK_BYTES, max_of(bytes, (size_t)4096)) / sizeof(float);
-}
-static inline size_t comm_slots_bytes(int size) { return 2 * ((size_t)size - 1) * comm_chunk(size) * sizeof(float); }
 
 // How many processes the launcher says it started: 0: there was no launcher; -1: there was, it does not say.
 static inline int launched_processes(void) {
@@ -255,19 +237,10 @@ static inline Group group_world(const World* w, bool allow_staged) {
             w->ranks_per_device == 1 ? "" : "s", reason);
     }
 #endif
-    size_t peers = (size_t)g.size - 1;
     MPI_CHECK(MPI_Comm_dup(MPI_COMM_WORLD, &g.comm));
     MPI_CHECK(MPI_Comm_set_errhandler(g.comm, MPI_ERRORS_RETURN));
-    g.requests = (MPI_Request*)host_alloc(2 * 4 * peers * sizeof(MPI_Request));
-    for (size_t i = 0; i < 2 * 4 * peers; i++) { g.requests[i] = MPI_REQUEST_NULL; }
-    g.statuses = (MPI_Status*)host_alloc(2 * peers * sizeof(MPI_Status));
-    g.gathered = (double*)host_alloc((size_t)g.size * COMM_HOST_DOUBLES * sizeof(double));
-#ifdef USE_CUDA
-    if (g.transport == OVER_MPI_STAGED) {
-        CUDA_CHECK(cudaMallocHost((void**)&g.staging, COMM_STAGING_BYTES + comm_slots_bytes(g.size)));
-        g.slots = g.staging + COMM_STAGING_BYTES / sizeof(float);
-    }
-#endif
+    g.gathered = host_alloc((size_t)g.size * COMM_GATHER_BYTES);
+    if (g.transport == OVER_MPI_STAGED) { g.staging = pinned_alloc(COMM_STAGING_BYTES); }
 #ifdef NCCL_TRANSPORT
     if (g.transport == OVER_NCCL) {
         ncclUniqueId id = {};
@@ -280,30 +253,14 @@ static inline Group group_world(const World* w, bool allow_staged) {
     return g;
 }
 
-// Bytes of the COMMUNICATION category that the group works in; asks only for its size and transport, so that a plan may ask for any.
-// Pinned host memory, which a staged group takes itself, is not among them.
-static inline size_t group_buffer_bytes(const Group* g) { return g->transport == OVER_MPI ? comm_slots_bytes(g->size) : 0; }
-
-// Before the first all-reduce. The group does not own the buffer.
-static inline void group_set_buffer(Group* g, void* buffer) {
-#ifdef USE_MPI
-    if (g->transport == OVER_MPI) { g->slots = (float*)buffer; }
-#endif
-    (void)g, (void)buffer;
-}
-
 static inline void group_free(Group* g) {
 #ifdef USE_MPI
     if (g->transport != ALONE) {
 #ifdef NCCL_TRANSPORT
         if (g->transport == OVER_NCCL) { nccl_disconnect(g->nccl); }
 #endif
-#ifdef USE_CUDA
-        if (g->staging != NULL) { CUDA_CHECK(cudaFreeHost(g->staging)); }
-#endif
+        if (g->staging != NULL) { pinned_free(g->staging); }
         MPI_CHECK(MPI_Comm_free(&g->comm));
-        free(g->requests);
-        free(g->statuses);
         free(g->gathered);
     }
 #endif
@@ -328,117 +285,47 @@ static inline void group_describe(const Group* g, char* out, size_t size) {
 #endif
 }
 
-// ---- the all-reduce over MPI ----
+// ---- sums and maxima over MPI ----
 
 #ifdef USE_MPI
 
-struct Add {
-    static float of(float a, float b) { return a + b; }
-};
-struct MaxBits {
-    static float of(float a, float b) { return float_to_bits(a) < float_to_bits(b) ? b : a; }
-};
-
-enum { TAG_PART = 1, TAG_SUM = 2 };
-
-// element at which the part of `rank` begins
-static inline size_t part_begin(size_t n, int rank, int size) {
-    return n / (size_t)size * (size_t)rank + min_of(n % (size_t)size, (size_t)rank);
-}
-
-static inline void wait_all(Group* g, MPI_Request* requests) {  // 2 * (size - 1) of them
-    int n = 2 * (g->size - 1);
-    int code = MPI_Waitall(n, requests, g->statuses);
-    for (int i = 0; code == MPI_ERR_IN_STATUS && i < n; i++) {
-        if (g->statuses[i].MPI_ERROR != MPI_SUCCESS && g->statuses[i].MPI_ERROR != MPI_ERR_PENDING) { code = g->statuses[i].MPI_ERROR; }
-    }
-    mpi_check(code, "MPI_Waitall", __FILE__, __LINE__);
-}
-
-// mine = ((r0 + r1) + …), r_rank being mine and the others' in the slots, in the order of the ranks
-template <class Op> static void fold_ranks(float* mine, float* slots, size_t stride, size_t n, int rank, int size) {
-    constexpr size_t BLOCK = 4096;  // elements: all passes over a block stay in the first-level cache
-    long blocks = (long)ceil_div(n, BLOCK);
-#pragma omp parallel for schedule(static) if (blocks > 4)
-    for (long b = 0; b < blocks; b++) {
-        size_t i0 = (size_t)b * BLOCK, m = min_of(BLOCK, n - i0);
-        float* own = mine + i0;
-        float* total = rank == 0 ? own : slots + i0;  // the sum so far, from rank 0's values on
-        for (int r = 1; r < size; r++) {
-            const float* next = r == rank ? own : slots + (size_t)(r < rank ? r : r - 1) * stride + i0;
-            float* to = r >= rank ? own : total;
-#pragma omp simd
-            for (size_t i = 0; i < m; i++) { to[i] = Op::of(total[i], next[i]); }
-            total = to;
+// x = Σ over the ranks, in their order; host memory
+template <class T> static void gather_and_add(Group* g, T* x, size_t n, MPI_Datatype type, CommOperation counter) {
+    constexpr size_t MOST = COMM_GATHER_BYTES / sizeof(T);
+    T* all = (T*)g->gathered;
+    for (size_t i = 0; i < n; i += MOST) {
+        size_t m = min_of(MOST, n - i);
+        MPI_CHECK(MPI_Allgather(x + i, (int)m, type, all, (int)m, type, g->comm));
+        for (size_t k = 0; k < m; k++) {
+            T total = all[k];
+            for (int r = 1; r < g->size; r++) { total += all[(size_t)r * m + k]; }
+            x[i + k] = total;
         }
+        g->bytes_sent[counter] += (uint64_t)(m * sizeof(T)) * ((uint64_t)g->size - 1);
     }
 }
 
-template <class Op> static void mpi_all_reduce(Group* g, float* data, size_t n, CommOperation counter) {
-    if (g->slots == NULL) { die("the group has no buffer: group_set_buffer comes before the first all-reduce"); }
-    const int R = g->size, rank = g->rank;
-    const size_t peers = (size_t)R - 1, chunk = comm_chunk(R);
-    const size_t chunks = ceil_div(ceil_div(n, (size_t)R), chunk);  // of the longest part
-    // chunk c of the part of rank p: its first element, and its length, which may be 0
-    auto begin = [=](int p, size_t c) { return min_of(part_begin(n, p, R) + c * chunk, part_begin(n, p + 1, R)); };
-    auto length = [=](int p, size_t c) { return begin(p, c + 1) - begin(p, c); };
-    auto slots = [=](size_t c) { return g->slots + (c & 1) * peers * chunk; };
-    auto parts = [=](size_t c) { return g->requests + (c & 1) * 4 * peers; };
-    auto sums = [=](size_t c) { return g->requests + (c & 1) * 4 * peers + 2 * peers; };
-    auto exchange = [=](int peer, int tag, float* to, size_t receive, const float* from, size_t send, MPI_Request* requests) {
-        if (receive > 0) { MPI_CHECK(MPI_Irecv(to, (int)receive, MPI_FLOAT, peer, tag, g->comm, &requests[0])); }
-        if (send > 0) { MPI_CHECK(MPI_Isend(from, (int)send, MPI_FLOAT, peer, tag, g->comm, &requests[1])); }
-        g->bytes_sent[counter] += send * sizeof(float);
-    };
-    auto start_parts = [=](size_t c) {
-        for (int k = 1; k < R; k++) {  // the next rank first, then the one after: so no rank is everyone's first
-            int p = (rank + k) % R;
-            float* slot = slots(c) + (size_t)(p < rank ? p : p - 1) * chunk;
-            exchange(p, TAG_PART, slot, length(rank, c), data + begin(p, c), length(p, c), parts(c) + 2 * (k - 1));
-        }
-    };
-    auto start_sums = [=](size_t c) {
-        for (int k = 1; k < R; k++) {
-            int p = (rank + k) % R;
-            exchange(p, TAG_SUM, data + begin(p, c), length(p, c), data + begin(rank, c), length(rank, c), sums(c) + 2 * (k - 1));
-        }
-    };
-    if (chunks > 0) { start_parts(0); }
-    for (size_t c = 0; c < chunks; c++) {
-        if (c + 1 < chunks) { start_parts(c + 1); }
-        wait_all(g, parts(c));  // the sends too: the sums will be received where they send from
-        fold_ranks<Op>(data + begin(rank, c), slots(c), chunk, length(rank, c), rank, R);
-        wait_all(g, sums(c));   // those of chunk c - 2
-        start_sums(c);
-    }
-    wait_all(g, sums(0));
-    wait_all(g, sums(1));
-}
+// what a ring sends, per rank: neither NCCL nor MPI says what it does
+static inline uint64_t ring_bytes(const Group* g, size_t bytes) { return 2 * bytes * ((uint64_t)g->size - 1) / (uint64_t)g->size; }
 
-template <class Op> static void all_reduce(Group* g, float* data, size_t n, Stream stream, CommOperation counter) {
-    if (g->transport == OVER_MPI) {
-        mpi_all_reduce<Op>(g, data, n, counter);
-        return;
-    }
-    constexpr size_t PIECE = COMM_STAGING_BYTES / sizeof(float);
-    for (size_t i = 0; i < n; i += PIECE) {
-        size_t m = min_of(PIECE, n - i);
+// f(host memory, elements) for device memory, piece by piece where it must be copied
+template <class F> static void on_host(Group* g, float* data, size_t n, Stream stream, F f) {
+    if (g->transport == OVER_MPI) { f(data, n); return; }
+    constexpr size_t MOST = COMM_STAGING_BYTES / sizeof(float);
+    for (size_t i = 0; i < n; i += MOST) {
+        size_t m = min_of(MOST, n - i);
         copy_to_host(g->staging, data + i, m * sizeof(float), stream);
-        mpi_all_reduce<Op>(g, g->staging, m, counter);
+        f((float*)g->staging, m);
         copy_to_device(data + i, g->staging, m * sizeof(float), stream);
         stream_sync(stream);  // before the staging is written again
     }
 }
 
-// what a ring sends, per rank: NCCL does not say what it does
-static inline uint64_t ring_bytes(const Group* g, size_t bytes) { return 2 * bytes * ((uint64_t)g->size - 1) / (uint64_t)g->size; }
-
 #endif
 
 // ---- the interface ----
 
-// data = Σ over the ranks, in place, in device memory; n may be any size. The same bytes on every rank; over MPI added in the order of
-// the ranks.
+// data = Σ over the ranks, in place, in device memory. The same bytes on every rank; over MPI added in the order of the ranks.
 static inline void all_reduce_sum(Group* g, float* data, size_t n, Stream stream) {
     if (g->transport == ALONE) { return; }
 #ifdef NCCL_TRANSPORT
@@ -449,7 +336,7 @@ static inline void all_reduce_sum(Group* g, float* data, size_t n, Stream stream
     }
 #endif
 #ifdef USE_MPI
-    all_reduce<Add>(g, data, n, stream, ALL_REDUCE_SUM);
+    on_host(g, data, n, stream, [=](float* x, size_t m) { gather_and_add(g, x, m, MPI_FLOAT, ALL_REDUCE_SUM); });
 #else
     (void)data, (void)n, (void)stream;
 #endif
@@ -467,7 +354,10 @@ static inline void all_reduce_max(Group* g, float* data, size_t n, Stream stream
     }
 #endif
 #ifdef USE_MPI
-    all_reduce<MaxBits>(g, data, n, stream, ALL_REDUCE_MAX);
+    on_host(g, data, n, stream, [=](float* x, size_t m) {
+        MPI_CHECK(MPI_Allreduce(MPI_IN_PLACE, x, (int)m, MPI_UINT32_T, MPI_MAX, g->comm));
+        g->bytes_sent[ALL_REDUCE_MAX] += ring_bytes(g, m * sizeof(float));
+    });
 #else
     (void)data, (void)n, (void)stream;
 #endif
@@ -515,16 +405,7 @@ static inline void host_all_gather(Group* g, void* out, const void* mine, size_t
 static inline void host_all_reduce_sum(Group* g, double* x, int n) {
     if (g->transport == ALONE) { return; }
 #ifdef USE_MPI
-    for (int i = 0; i < n; i += COMM_HOST_DOUBLES) {
-        int m = min_of(COMM_HOST_DOUBLES, n - i);
-        MPI_CHECK(MPI_Allgather(x + i, m, MPI_DOUBLE, g->gathered, m, MPI_DOUBLE, g->comm));
-        for (int k = 0; k < m; k++) {
-            double total = g->gathered[k];
-            for (int r = 1; r < g->size; r++) { total += g->gathered[r * m + k]; }
-            x[i + k] = total;
-        }
-        g->bytes_sent[HOST_ALL_REDUCE_SUM] += (uint64_t)m * sizeof(double) * ((uint64_t)g->size - 1);
-    }
+    gather_and_add(g, x, (size_t)n, MPI_DOUBLE, HOST_ALL_REDUCE_SUM);
 #else
     (void)x, (void)n;
 #endif

@@ -59,6 +59,14 @@ static inline void device_copy(void* d, const void* src, size_t bytes, Stream s)
 }
 static inline void device_zero(void* d, size_t bytes, Stream s) { CUDA_CHECK(cudaMemsetAsync(d, 0, bytes, s)); }
 static inline Stream stream_create(void) { Stream s; CUDA_CHECK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking)); return s; }
+// Its kernels go before those of other streams as soon as there is room.
+static inline Stream urgent_stream_create(void) {
+    Stream s;
+    int least, greatest;
+    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&s, cudaStreamNonBlocking, greatest));
+    return s;
+}
 static inline void stream_destroy(Stream s) { CUDA_CHECK(cudaStreamDestroy(s)); }
 static inline void stream_sync(Stream s) { CUDA_CHECK(cudaStreamSynchronize(s)); }
 static inline void device_wait(void) { CUDA_CHECK(cudaDeviceSynchronize()); }
@@ -115,6 +123,7 @@ static inline void copy_to_host(void* host, const void* d, size_t bytes, Stream)
 static inline void device_copy(void* d, const void* src, size_t bytes, Stream) { memcpy(d, src, bytes); }
 static inline void device_zero(void* d, size_t bytes, Stream) { memset(d, 0, bytes); }
 static inline Stream stream_create(void) { return NULL; }
+static inline Stream urgent_stream_create(void) { return NULL; }
 static inline void stream_destroy(Stream) {}
 static inline void stream_sync(Stream) {}
 static inline void device_wait(void) {}

@@ -6,6 +6,7 @@
 #pragma once
 #include "device.cuh"
 #include <nccl.h>
+#include <sched.h>
 #include <time.h>
 #if NCCL_VERSION_CODE < 21400
 #error "NCCL 2.14 or later is needed: earlier ones have no non-blocking communicators"
@@ -30,7 +31,7 @@ static inline void nccl_check(ncclResult_t result, ncclComm_t comm, const char* 
 
 static inline void nccl_settle(ncclComm_t comm, const char* call, const char* file, int line) {
     time_t start = time(NULL);
-    for (;;) {
+    for (int polls = 0;; polls++) {
         ncclResult_t state = ncclSuccess;
         nccl_check(ncclCommGetAsyncError(comm, &state), comm, "ncclCommGetAsyncError", file, line);
         nccl_check(state, comm, call, file, line);
@@ -39,7 +40,7 @@ static inline void nccl_settle(ncclComm_t comm, const char* call, const char* fi
             die("%s:%d: %s: nothing for %d seconds; hint: has every rank been started, and can the nodes reach each other "
                 "(NCCL_SOCKET_IFNAME)? NCCL_DEBUG=INFO tells more", file, line, call, NCCL_PATIENCE);
         }
-        usleep(50);
+        if (polls < 1000) { sched_yield(); } else { usleep(50); }  // most calls are taken up in microseconds, connecting takes seconds
     }
 }
 
@@ -73,13 +74,22 @@ static inline void nccl_all_reduce_bits(ncclComm_t comm, uint32_t* bits, size_t 
     NCCL_CALL(comm, ncclAllReduce(bits, bits, n, ncclUint32, op, comm, stream));
 }
 
+constexpr int NCCL_FIRST_FP8 = 22403;  // 2.24.3
+
+// Can the library at compile time and the one at run time add FP8? On GPUs of capability 9.0 and up, that is.
+static inline bool nccl_adds_fp8(void) {
+    int version = 0;
+    nccl_check(ncclGetVersion(&version), NULL, "ncclGetVersion", __FILE__, __LINE__);
+    return NCCL_VERSION_CODE >= NCCL_FIRST_FP8 && version >= NCCL_FIRST_FP8;
+}
+
 static inline ncclDataType_t nccl_type(DType t) {
 #if NCCL_VERSION_CODE >= 22403
     if (t == E4M3) { return ncclFloat8e4m3; }
     if (t == E5M2) { return ncclFloat8e5m2; }
 #endif
     if (t == BF16) { return ncclBfloat16; }
-    if (t != FP32) { die("NCCL %d has no sums in %s; hint: 2.24.3 or later, or --grad-reduce direct", NCCL_VERSION_CODE, dtype_names[t]); }
+    if (t != FP32) { die("NCCL %d has no sums in %s", NCCL_VERSION_CODE, dtype_names[t]); }
     return ncclFloat;
 }
 

@@ -1,7 +1,7 @@
 // transfers.cuh: exchanges between ranks that are started and go on by themselves while the device computes.
 //
-// Four of them carry the gradients: the minimum and the maximum of a few scales, a ring that adds (reduce-scatter), an exchange of parts (all-to-all) and
-// their collection (all-gather). All work on an array of one part a rank, each a multiple of 64 bytes, in device memory.
+// They carry the gradients: a ring that adds (reduce-scatter), an exchange of parts (all-to-all) and their collection (all-gather), which work on an array
+// of one part a rank, each a multiple of 64 bytes; and the minimum or maximum of a few scales. All in device memory.
 //
 //   NCCL          the calls go onto the stream, whose order is all that is needed: a transfer counts as done at once
 //   MPI           non-blocking MPI; `transfer_done` asks MPI how far it is, and so makes it go on: to be called between kernels
@@ -103,16 +103,16 @@ static inline bool mpi_transfer_done(Transfer* t) {
 }
 
 // Runs `start(sent, received)` on host memory: on the arrays themselves, or on copies of them. `sent` is device memory of `bytes` bytes; `received` is
-// another array of `received_bytes`, or NULL where the result is in `sent`.
-template <class Start> static inline void over_mpi(Transfer* t, void* sent, size_t bytes, void* received, size_t received_bytes, Stream stream, Start start) {
+// another array of as many at most, NULL: the result is in `sent`. Of a copy, `result` bytes from `at` on come back.
+template <class Start>
+static inline void over_mpi(Transfer* t, void* sent, size_t bytes, void* received, size_t at, size_t result, Stream stream, Start start) {
     if (t->group->transport == OVER_MPI) { start((char*)sent, (char*)received); return; }
-    if (max_of(bytes, received_bytes) > t->largest) { die("an array of %zu bytes is staged through %zu", max_of(bytes, received_bytes), t->largest); }
-    char* second = t->staging + t->largest;
+    if (bytes > t->largest) { die("an array of %zu bytes is staged through %zu", bytes, t->largest); }
+    char *second = t->staging + t->largest, *from = received != NULL ? second : t->staging, *to = (char*)(received != NULL ? received : sent);
     copy_to_host(t->staging, sent, bytes, stream);
     start(t->staging, second);
     while (!mpi_transfer_done(t)) {}
-    copy_to_device(sent, t->staging, bytes, stream);
-    if (received != NULL) { copy_to_device(received, second, received_bytes, stream); }
+    copy_to_device(to + at, from + at, result, stream);
     stream_sync(stream);  // before the staging is written again
 }
 
@@ -136,7 +136,7 @@ static inline void start_all_reduce_bits(Transfer* t, uint32_t* bits, size_t n, 
     if (g->transport == OVER_NCCL) { nccl_all_reduce_bits(g->nccl, bits, n, op == BITS_MIN ? ncclMin : ncclMax, stream); return; }
 #endif
 #ifdef USE_MPI
-    over_mpi(t, bits, n * sizeof(uint32_t), NULL, 0, stream, [=](char* data, char*) {
+    over_mpi(t, bits, n * sizeof(uint32_t), NULL, 0, n * sizeof(uint32_t), stream, [=](char* data, char*) {
         MPI_CHECK(MPI_Iallreduce(MPI_IN_PLACE, data, (int)n, MPI_UINT32_T, op == BITS_MIN ? MPI_MIN : MPI_MAX, g->comm, &t->requests[0]));
     });
 #else
@@ -161,7 +161,8 @@ static inline void start_all_gather(Transfer* t, void* data, size_t part_bytes, 
     if (g->transport == OVER_NCCL) { nccl_all_gather(g->nccl, data, part_bytes, g->rank, stream); return; }
 #endif
 #ifdef USE_MPI
-    over_mpi(t, data, part_bytes * (size_t)g->size, NULL, 0, stream, [=](char* all, char*) {
+    size_t bytes = part_bytes * (size_t)g->size;
+    over_mpi(t, data, bytes, NULL, 0, bytes, stream, [=](char* all, char*) {
         MPI_CHECK(MPI_Iallgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, all, transfer_lines(part_bytes), t->line, g->comm, &t->requests[0]));
     });
 #else
@@ -170,16 +171,16 @@ static inline void start_all_gather(Transfer* t, void* data, size_t part_bytes, 
 }
 
 // received (size, part): part r is what rank r has for us; sent (size, part): part p is what we have for rank p
-static inline void start_all_to_all(Transfer* t, void* received, void* sent, size_t part_bytes, Stream stream) {
+static inline void start_all_to_all(Transfer* t, void* received, void* sent, size_t part_bytes, CommOperation counter, Stream stream) {
     Group* g = t->group;
     if (g->transport == ALONE) { return; }
-    g->bytes_sent[ALL_TO_ALL] += part_bytes * ((uint64_t)g->size - 1);
+    g->bytes_sent[counter] += part_bytes * ((uint64_t)g->size - 1);
 #ifdef NCCL_TRANSPORT
     if (g->transport == OVER_NCCL) { nccl_all_to_all(g->nccl, received, sent, part_bytes, g->size, stream); return; }
 #endif
 #ifdef USE_MPI
     size_t bytes = part_bytes * (size_t)g->size;
-    over_mpi(t, sent, bytes, received, bytes, stream, [=](char* from, char* to) {
+    over_mpi(t, sent, bytes, received, 0, bytes, stream, [=](char* from, char* to) {
         int lines = transfer_lines(part_bytes);
         MPI_CHECK(MPI_Ialltoall(from, lines, t->line, to, lines, t->line, g->comm, &t->requests[0]));
     });
@@ -189,16 +190,17 @@ static inline void start_all_to_all(Transfer* t, void* received, void* sent, siz
 }
 
 // part `rank` of data (size, part) = the sum of that part over the ranks, rounded to `type` at every hop; the other parts are spoiled. `received`: (part)
-static inline void start_ring_sum(Transfer* t, void* data, void* received, size_t part, DType type, Stream stream) {
+static inline void start_ring_sum(Transfer* t, void* data, void* received, size_t part, DType type, CommOperation counter, Stream stream) {
     Group* g = t->group;
     size_t part_bytes = part * (size_t)dtype_bytes(type);
     if (g->transport == ALONE) { return; }
-    g->bytes_sent[REDUCE_SCATTER] += part_bytes * ((uint64_t)g->size - 1);
+    g->bytes_sent[counter] += part_bytes * ((uint64_t)g->size - 1);
 #ifdef NCCL_TRANSPORT
     if (g->transport == OVER_NCCL) { nccl_reduce_scatter(g->nccl, data, part, type, g->rank, stream); return; }
 #endif
 #ifdef USE_MPI
-    over_mpi(t, data, part_bytes * (size_t)g->size, received, part_bytes, stream, [=](char* ring, char* next) {
+    char* next = t->group->transport == OVER_MPI ? (char*)received : t->staging + t->largest;
+    over_mpi(t, data, part_bytes * (size_t)g->size, NULL, part_bytes * (size_t)g->rank, part_bytes, stream, [=](char* ring, char*) {
         t->ring = ring;
         t->received = next;
         t->part = part;
@@ -207,6 +209,6 @@ static inline void start_ring_sum(Transfer* t, void* data, void* received, size_
         ring_start_hop(t);
     });
 #else
-    (void)data, (void)received, (void)stream, (void)part_bytes;
+    (void)data, (void)received, (void)stream, (void)counter, (void)part_bytes;
 #endif
 }

@@ -171,6 +171,7 @@ static void open_real(Experiment* x) {
 }
 
 static void measure_real(Experiment* x, bool probe) {
+    static const int applied = 1;  // a skipped step would end the experiment
     Group* g = processes(x);
     int params = x->blocks * x->block_params;
     double* counts = (double*)host_alloc(2 * (size_t)params * sizeof(double));
@@ -201,7 +202,7 @@ static void measure_real(Experiment* x, bool probe) {
             add_exactly(x->exact, x->gathered + (size_t)l * x->block_elements, (size_t)x->blocks * x->block_elements, 0, g->size, x->block_elements);
             describe_block(figures_of(x, 0, l, mode), r, b, (const e4m3*)b->memory, r->slots, r->mu, x->exact, counts, counts + params, x->tops);
         }
-        reduction_adapt(r, x->tops, r->stream);
+        reduction_adapt(r, x->tops, &applied, r->stream);
     }
     free(counts);
 }
@@ -306,7 +307,7 @@ static void virtual_direct(Experiment* x, const Reduction* r, const Bucket* b, b
     for (int rank = 0; rank < ranks; rank++) {
         memcpy(x->scales + (size_t)rank * row, x->local_scales + (size_t)rank * params + b->first, (size_t)b->count * sizeof(float));
     }
-    run_rows(SenderDescales{x->descales, x->scales}, row * ranks, NULL);
+    run_rows(SenderDescales{x->descales, x->scales, row}, ranks, NULL);
     make_payloads(x, r, b, count, [=](int rank, Param*, int k) { return x->scales + (size_t)rank * row + k; });
     device_zero(x->sum_amax, (size_t)row * sizeof(uint32_t), NULL);
     each_tensor(r, b, [=](Param* p, int k, size_t first) {  // whole: an element's sum does not depend on whose part it is in

@@ -88,6 +88,7 @@ run() {
     elif ((skip > 0)); then
         grep -E "$skip_line" "$log" | sed 's/^/    /'
     fi
+    [ -z "${SOAK:-}" ] || sed -n 's/^# /    /p' "$log" # what the long runs have measured
 }
 
 # cuda_build: does the whole CUDA build compile and link? (Not to be asked where it is what we are testing anyway.)

@@ -319,6 +319,9 @@ EOT
     refuses_on 1 $good --micro-batch 2 : -np 1 $good --micro-batch 4 'rank 1 *micro-batch=4*rank 0*micro-batch=2*'
     refuses_on 2 $good : -np 1 $good --seed 5 'rank 2 *seed=5*rank 0*seed=1337*'
     refuses_on 1 $good --recipe bf16 : -np 1 $good 'rank 1 *recipe=fp8*rank 0*recipe=bf16*'
+    # of two flags that read the same only until the recipe has had its say
+    refuses_on 1 $good --recipe fp8-lm --grad-reduce direct : -np 1 $good --recipe fp8-lm 'rank 1 *grad-reduce=ring*rank 0*grad-reduce=direct*'
+    refuses_on 1 $good --recipe bf16 : -np 1 $good --recipe bf16 --grad-dtype e4m3 'rank 1 *grad-dtype=e4m3*rank 0*grad-dtype=fp32*'
     refuses_on 1 $good : -np 1 $good --grad-reduce ring 'rank 1 *grad-reduce=ring*rank 0*grad-reduce=direct*'
     refuses_on 3 $good --recipe fp8-lm --grad-scaling sqrt : -np 1 $good --recipe fp8-lm 'rank 3 *grad-scaling=auto*rank 0*grad-scaling=sqrt*'
 }

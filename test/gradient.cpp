@@ -234,7 +234,7 @@ static void descales_of_the_senders_undo_their_scales(void**) {
     Array<float> descales(5), scales(5);
     const float sent[] = {4.0f, 0.0f, FLT_MAX, 0x1p126f, 0x1p-126f};
     for (int i = 0; i < 5; i++) { scales[i] = sent[i]; }
-    run_rows(SenderDescales{descales, scales}, 5, NULL);
+    run_rows(SenderDescales{descales, scales, 5}, 1, NULL);
     finish();
     assert_true(descales[0] == 0.25f && isnan(descales[1]) && descales[2] == 1.0f && descales[3] == 0x1p-126f && descales[4] == 0x1p126f);
     assert_true(scales[0] == 4.0f && scales[1] == 0.0f && scales[2] == 1.0f && scales[3] == 0x1p126f && scales[4] == 0x1p-126f);
@@ -632,7 +632,7 @@ static void a_tensor_survives_its_own_scale(void**) {
     run_rows(AmaxPieces<e4m3>{amax, a.sum, (size_t)n}, pieces_of((size_t)n), NULL);
     run_rows(LocalScales{scales, amax, a.slot, tensors, 448.0f}, 1, NULL);
     run_rows(QuantiseGradient<e4m3, e4m3>{codes, a.sum, a.slot, scales, counts, (size_t)n}, pieces_of((size_t)n), NULL);
-    run_rows(SenderDescales{descales, scales}, 1, NULL);
+    run_rows(SenderDescales{descales, scales, 1}, 1, NULL);
     run_rows(SumParts<e4m3>{sums, NULL, codes, descales, (size_t)n, 1, 1, (size_t)n}, pieces_of((size_t)n), NULL);
     finish();
     assert_memory_equal(codes.p, a.sum.p, (size_t)n);
@@ -723,7 +723,7 @@ static void a_sender_that_is_not_finite_spoils_the_sum(void**) {
     slots.fill(0.0f);
     Array<float> scales(2);
     scales[0] = 1.0f, scales[1] = 0.0f;
-    run_rows(SenderDescales{descales, scales}, 2, NULL);
+    run_rows(SenderDescales{descales, scales, 1}, 2, NULL);
     run_rows(SumParts<e4m3>{sums, amax, parts, descales, (size_t)n, 2, 1, (size_t)n}, pieces_of((size_t)n), NULL);
     run_rows(ResultSlots{slots, amax, tensors, 448.0f}, 1, NULL);
     finish();

@@ -46,7 +46,7 @@ static TestModel* open_model(GptConfig c) {
     world_select_device(&t->world);
     t->group = group_world(&t->world, false);
     model_plan(&t->model, &c, &t->group, &t->memory);
-    model_commit(&t->model, &t->group, &t->memory);
+    model_commit(&t->model, &t->memory);
     t->batch = host_batch_create(rows_of(&t->model));
     return t;
 }

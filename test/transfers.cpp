@@ -106,7 +106,7 @@ struct Exchange {
         : t(transfer), part(part_bytes), salt(s), given(before(t->group, part, salt)), sent(given), received(Bytes(given.size(), 0xee)) {}
     void start(void) {
         Counted counted(t->group, ALL_TO_ALL, part * (uint64_t)(t->group->size - 1));
-        start_all_to_all(t, received.data(), sent.data(), part, NULL);
+        start_all_to_all(t, received.data(), sent.data(), part, ALL_TO_ALL, NULL);
     }
     void check(void) {
         CHECK(sent.content() == given, "what was sent has changed");
@@ -151,7 +151,7 @@ template <class D> struct Ring {
         : t(transfer), part(elements), salt(s), memory(before(t->group, part, salt)), received(Bytes(part * sizeof(D), 0xee)) {}
     void start(void) {
         Counted counted(t->group, REDUCE_SCATTER, part * sizeof(D) * (uint64_t)(t->group->size - 1));
-        start_ring_sum(t, memory.data(), received.data(), part, DTypeOf<D>::value, NULL);
+        start_ring_sum(t, memory.data(), received.data(), part, DTypeOf<D>::value, REDUCE_SCATTER, NULL);
     }
     // Part p begins at rank p+1 and goes round to rank p, which adds last
     void check(void) {
