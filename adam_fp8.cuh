@@ -7,10 +7,13 @@
 //   2. the decision, on the device, alike on every rank: a step whose loss or norm is not finite, or stands out by more than the allowed z-score from
 //      the last 128 steps, is skipped and leaves no trace in weights, moments or bias corrections (a value that is not finite does not enter the
 //      windows either). Its outcome is a record that the host reads while the next step runs;
-//   3. AdamW (Loshchilov & Hutter) with decoupled weight decay on the FP32 master weights,
+//   3. AdamW (Loshchilov & Hutter) with decoupled weight decay on the master weights,
 //          m = β1·m + (1-β1)·g,  v = β2·v + (1-β2)·g²,  w = w - lr·(m/(1-β1^t) / (√(v/(1-β2^t)) + ε) + decay·w),
 //      where g is the gradient, its codes times descale and clip factor, and t counts the applied steps only. The same kernel writes the weight of the forward pass. An FP8
 //      weight takes its scale from this step's amax, so it is written in a second pass.
+//
+// Master and moments may each be in FP32, BF16, FP16, E4M3 or E5M2 (FP8-LM's precision decoupling). The arithmetic is always FP32. FP16 and FP8 have scales: one a tensor, for
+// which a first pass over the tensor finds the new amaxes and a second writes; or one a block of 128 elements, made in the same pass. No FP32 copy of a tensor exists.
 #pragma once
 #include "core/gradient.cuh" // pieces, formats of gradients
 #include "core/params.h"   // Param, ParamTable
@@ -148,11 +151,62 @@ struct Decide {
     }
 };
 
+// ---- optimizer states in few bits ----
+
+// A stretch of an OptimizerTensor, for kernels
+struct StateView {
+    DType dtype;
+    Rounding rounding;
+    char* data;
+    float* slot;        // NULL: scale 1, or scaled by block
+    int8_t* exponents;
+    RandomKey key;      // of this step
+
+    template <int N> DEVICE size_t block_of(Range<N> c) const { return c.i / STATE_BLOCK; }
+    // `previous`: the codes are of before this step's slot
+    template <int N> DEVICE Vec<N> read(Range<N> c, int count, bool previous) const {
+        Vec<N> x = load_as(dtype, data, c, count);
+        if (exponents != NULL) { return count > 0 ? x * exp2_int(-exponents[block_of(c)]) : x; }
+        return slot != NULL ? x * slot[previous ? 2 : 0] : x;
+    }
+    // `at`: number of the stretch's first element within its tensor. Blocks get an exponent from their amax; that of zeros stays. Returns the descale of
+    // what has been written.
+    template <class Team, int N> DEVICE float write(Team team, Range<N> c, int count, Vec<N> x, uint64_t at) const {
+        float scale = slot != NULL ? slot[1] : 1.0f;
+        if (exponents != NULL) {
+            float amax = bits_to_float(team.template block_amax<STATE_BLOCK>(x)), old = count > 0 ? exp2_int(exponents[block_of(c)]) : 1.0f;
+            scale = scale_from_amax(amax, largest_of(dtype), 0, old);
+            team.sync_blocks();  // all who share the old exponent have read it
+            if (count > 0 && team.template leads_block<STATE_BLOCK>()) { exponents[block_of(c)] = (int8_t)exponent_of(scale); }
+        }
+        store_as(dtype, rounding, data, c, count, x * scale, key, at);
+        return 1.0f / scale;
+    }
+};
+
+static inline bool has_scale(DType t) { return t == FP16 || is_fp8(t); }
+
+static inline StateView view_of(const OptimizerTensor* t, Rounding rounding, RandomKey key) {
+    return StateView{t->dtype, rounding, (char*)t->data, t->slot, t->exponents, key};
+}
+DEVICE StateView from_element(StateView v, size_t first) {
+    v.data += first * (size_t)dtype_bytes(v.dtype);
+    if (v.exponents != NULL) { v.exponents += first / STATE_BLOCK; }
+    return v;
+}
+
 // ---- AdamW ----
 
 struct AdamRates { float lr, beta1, beta2, eps, decay; };
 
-template <class W, class G> struct AdamUpdate {  // one tensor; W: the type of the forward pass's weight, or float where that is the master itself
+// w, m and v after a step with gradient g
+template <int N> DEVICE void adam_step(Vec<N>& w, Vec<N>& m, Vec<N>& v, const Vec<N>& g, const AdamRates& a, float c1, float c2) {
+    m = m * a.beta1 + g * (1.0f - a.beta1);
+    v = v * a.beta2 + g * g * (1.0f - a.beta2);
+    w = w - ((m * c1) / (sqrt_of(v * c2) + a.eps) + w * a.decay) * a.lr;
+}
+
+template <class W, class G> struct AdamUpdate {  // one tensor with FP32 states; W: the type of the forward pass's weight, or float where that is the master
     W* weight;                // NULL: FP8, written later from the master
     float* master;
     float* m;
@@ -175,11 +229,8 @@ template <class W, class G> struct AdamUpdate {  // one tensor; W: the type of t
         AdamRates a = rates;
         float factor = state->grad_factor * *descale, c1 = state->correction1, c2 = state->correction2;
         auto update = [=](auto c) {
-            auto g = load(pg, c) * factor;
-            auto m1 = load(pm, c) * a.beta1 + g * (1.0f - a.beta1);
-            auto v1 = load(pv, c) * a.beta2 + g * g * (1.0f - a.beta2);
-            auto w = load(pw, c);
-            w = w - ((m1 * c1) / (sqrt_of(v1 * c2) + a.eps) + w * a.decay) * a.lr;
+            auto w = load(pw, c), m1 = load(pm, c), v1 = load(pv, c);
+            adam_step(w, m1, v1, load(pg, c) * factor, a, c1, c2);
             store(pm, c, m1);
             store(pv, c, v1);
             store(pw, c, w);
@@ -196,66 +247,174 @@ template <class W, class G> struct AdamUpdate {  // one tensor; W: the type of t
     }
 };
 
-struct WeightSlot {           // an FP8 weight's scale, from its amax; the amax is cleared for the next step
-    float* slot;
-    uint32_t* amax;
-    template <class Team> DEVICE void operator()(Team team, int) const {
+// One tensor with states in any formats. Where a state is scaled by tensor two passes are made: the first only measures what the new states would be, the
+// second, with slots made from that, writes them. Everything else takes one. FP32 alone goes through AdamUpdate, which is faster.
+struct AdamUpdateNarrow {
+    StateView master, m, v;
+    DType grad_dtype, weight_dtype;
+    const char* grad;
+    const float* descale;         // of the gradient
+    char* weight;                 // of the forward pass; NULL: not written here
+    const float* weight_scale;    // NULL = 1
+    uint32_t* amaxes;             // (3) of new master, m and v; NULL: not wanted
+    bool measure;                 // the first pass of two
+    bool measured;                // the second: slots hold this step's scales
+    const OptimizerState* state;
+    AdamRates rates;
+    size_t elements;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        if (!state->apply) { return; }
+        size_t first = (size_t)piece * PIECE;
+        StateView sw = from_element(master, first), sm = from_element(m, first), sv = from_element(v, first);
+        const char* g_at = grad + first * (size_t)dtype_bytes(grad_dtype);
+        char* w_at = weight == NULL ? NULL : weight + first * (size_t)dtype_bytes(weight_dtype);
+        AdamRates a = rates;
+        float factor = state->grad_factor * *descale, c1 = state->correction1, c2 = state->correction2;
+        float k = weight_scale != NULL ? *weight_scale : 1.0f;
+        uint32_t top_w = 0, top_m = 0, top_v = 0;
+        team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) {
+            auto w = sw.read(c, count, measured), m1 = sm.read(c, count, measured), v1 = sv.read(c, count, measured);
+            adam_step(w, m1, v1, load_as(grad_dtype, g_at, c, count) * factor, a, c1, c2);
+            if (amaxes != NULL) {
+                top_w = max_of(top_w, magnitude_bits(w));
+                top_m = max_of(top_m, magnitude_bits(m1));
+                top_v = max_of(top_v, magnitude_bits(v1));
+            }
+            if (measure) { return; }
+            sm.write(team, c, count, m1, first);
+            sv.write(team, c, count, v1, first);
+            float back = sw.write(team, c, count, w, first);
+            if (w_at == NULL) { return; }
+            auto kept = load_as(sw.dtype, sw.data, c, count) * back;  // what the master has become
+            store_as<NEAREST>(weight_dtype, w_at, c, count, kept * k, RandomKey{}, 0);
+        });
+        if (amaxes == NULL) { return; }
+        uint32_t tops[3] = {team.top_of(top_w), team.top_of(top_m), team.top_of(top_v)};
         if (!team.leads()) { return; }
-        float scale = scale_from_amax(bits_to_float(*amax), largest_of(E4M3), 0, slot[1]);
-        slot[0] = 1.0f / scale;
-        slot[1] = scale;
-        *amax = 0;
+        for (int i = 0; i < 3; i++) { atomic_max(&amaxes[i], tops[i]); }
     }
 };
 
-template <class W> struct CastWeight {  // weight = W(master · scale)
-    W* weight;
-    const float* master;
+struct StateSlots {           // slots from amaxes: of master, m and v between their passes, and of an FP8 weight
+    float* slots[4];          // of master, m, v, weight; NULL: none
+    float largest[4];
+    const uint32_t* amaxes;   // (3) of new master, m, v
+    const int* apply;         // NULL or: nothing to do where it points to 0
+    template <class Team> DEVICE void operator()(Team team, int i) const {
+        if (!team.leads() || slots[i] == NULL || (apply != NULL && *apply == 0)) { return; }
+        float previous = slots[i][2];
+        set_slot(slots[i], scale_from_amax(bits_to_float(amaxes[i % 3]), largest[i], 0, slots[i][1]));
+        if (i == 3) { slots[i][2] = previous; }  // a weight is not read again with its old scale
+    }
+};
+
+struct MasterAmax {           // *amax = max(*amax, max |master|), where no update has taken it
+    uint32_t* amax;
+    StateView master;
+    size_t elements;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        size_t first = (size_t)piece * PIECE;
+        StateView s = from_element(master, first);
+        uint32_t top = 0;
+        team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) { top = max_of(top, magnitude_bits(s.read(c, count, false))); });
+        top = team.top_of(top);
+        if (team.leads()) { atomic_max(amax, top); }
+    }
+};
+
+struct CastWeight {           // weight = master · scale in the weight's format
+    char* weight;
+    DType dtype;
+    StateView master;
     const float* scale;       // NULL = 1
     const int* apply;         // NULL or: nothing to do where it points to 0
     size_t elements;
     template <class Team> DEVICE void operator()(Team team, int piece) const {
         if (apply != NULL && *apply == 0) { return; }
         size_t first = (size_t)piece * PIECE;
-        int n = piece_length(elements, first);
-        W* out = weight + first;
-        const float* in = master + first;
+        StateView s = from_element(master, first);
+        char* out = weight + first * (size_t)dtype_bytes(dtype);
         float k = scale != NULL ? *scale : 1.0f;
-        team.each(n, [=](auto c) { store(out, c, load(in, c) * k); });
+        team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) {
+            store_as<NEAREST>(dtype, out, c, count, s.read(c, count, false) * k, RandomKey{}, 0);
+        });
     }
 };
 
+struct SetState {             // state = values, on the host
+    StateView state;
+    const float* values;
+    size_t elements;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        size_t first = (size_t)piece * PIECE;
+        StateView s = from_element(state, first);
+        const float* x = values + first;
+        team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) { s.write(team, c, count, load_some(x, c, count), first); });
+    }
+};
+
+struct OptimizerConfig {
+    bool by_block;                         // scales by block instead of by tensor
+    Rounding master_rounding, moment_rounding;
+    uint64_t seed;
+};
+
 struct Optimizer {
+    OptimizerConfig config;
     OptimizerState* state;    // device
-    float* master;            // (elements) flat; for FP32 weights this is the weight itself
-    float* m;
-    float* v;
+    int64_t updates;          // so far, skipped ones too: what random bits depend on
     float* partial;           // (pieces of all tensors) squares
     float* partial_tops;      // (pieces of all tensors) codes at the maximum
     double* squares;          // (tensors)
     double* tops;             // (tensors)
     int64_t* first_piece;     // (tensors + 1)
-    uint32_t* weight_amax;    // (1)
+    uint32_t* amaxes;         // (3) of new master, m and v of the tensor at hand
 };
 
-// `weights_are_masters`: in fp32 the flat weights serve as masters too
-static inline void optimizer_allocate(Optimizer* o, const ParamTable* table, bool weights_are_masters, Memory* memory) {
+// The states of one kind, one tensor after the other, each at a multiple of PARAM_ALIGNMENT elements. `flat`: where they lie already, or NULL
+static inline void allocate_states(ParamTable* table, OptimizerTensor Param::* kind, char* flat, bool by_block, Memory* memory) {
+    size_t bytes = 0, exponents = 0, slots = 0;
+    for (int i = 0; i < table->count; i++) {
+        const Param* p = &table->items[i];
+        size_t n = round_up(param_elements(p), PARAM_ALIGNMENT);
+        bytes += n * (size_t)dtype_bytes((p->*kind).dtype);
+        if (has_scale((p->*kind).dtype)) { (by_block ? exponents : slots) += by_block ? ceil_div(n, (size_t)STATE_BLOCK) : 4; }
+    }
+    char* at = flat != NULL ? flat : (char*)memory_take(memory, OPTIMIZER, flat != NULL ? 0 : bytes, 1);
+    int8_t* exponent = memory_take<int8_t>(memory, OPTIMIZER, exponents);
+    float* slot = memory_take<float>(memory, OPTIMIZER, slots);
+    for (int i = 0; memory->committed && i < table->count; i++) {
+        Param* p = &table->items[i];
+        size_t n = round_up(param_elements(p), PARAM_ALIGNMENT);
+        OptimizerTensor* t = &(p->*kind);
+        t->data = at;
+        t->slot = has_scale(t->dtype) && !by_block ? slot : NULL;
+        t->exponents = has_scale(t->dtype) && by_block ? exponent : NULL;
+        at += n * (size_t)dtype_bytes(t->dtype);
+        if (t->slot != NULL) { slot += 4; }
+        if (t->exponents != NULL) { exponent += ceil_div(n, (size_t)STATE_BLOCK); }
+    }
+}
+
+// `weights`: in fp32 the flat weights, which serve as masters too; else NULL. The dry run asks by `weights_are_masters`.
+static inline void optimizer_allocate(Optimizer* o, ParamTable* table, bool weights_are_masters, void* weights, Memory* memory) {
     int64_t pieces = 0;
+    static char somewhere;  // dry: any place
     for (int i = 0; i < table->count; i++) { pieces += pieces_of(param_elements(&table->items[i])); }
     o->state = memory_take<OptimizerState>(memory, OPTIMIZER, 1);
-    if (!weights_are_masters) { o->master = memory_take<float>(memory, OPTIMIZER, table->elements); }
-    o->m = memory_take<float>(memory, OPTIMIZER, table->elements);
-    o->v = memory_take<float>(memory, OPTIMIZER, table->elements);
+    allocate_states(table, &Param::master, weights_are_masters ? (weights != NULL ? (char*)weights : &somewhere) : NULL, o->config.by_block, memory);
+    allocate_states(table, &Param::m, NULL, o->config.by_block, memory);
+    allocate_states(table, &Param::v, NULL, o->config.by_block, memory);
     o->partial = memory_take<float>(memory, OPTIMIZER, (size_t)pieces);
     o->partial_tops = memory_take<float>(memory, OPTIMIZER, (size_t)pieces);
     o->squares = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
     o->tops = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
     o->first_piece = memory_take<int64_t>(memory, OPTIMIZER, (size_t)table->count + 1);
-    o->weight_amax = memory_take<uint32_t>(memory, OPTIMIZER, 1);
+    o->amaxes = memory_take<uint32_t>(memory, OPTIMIZER, 3);
 }
 
-// Empty moments, no steps applied; the gaps between tensors in the flat arrays are zero and stay so
-static inline void optimizer_reset(Optimizer* o, const ParamTable* table, Stream s) {
+// Empty states, no steps applied; the gaps between tensors are zero and stay so
+static inline void optimizer_reset(Optimizer* o, ParamTable* table, Stream s) {
     OptimizerState state = {};
     state.beta1_power = state.beta2_power = 1.0;
     int64_t* first = (int64_t*)host_alloc(((size_t)table->count + 1) * sizeof(int64_t));
@@ -263,23 +422,28 @@ static inline void optimizer_reset(Optimizer* o, const ParamTable* table, Stream
     for (int i = 0; i < table->count; i++) { first[i + 1] = first[i] + pieces_of(param_elements(&table->items[i])); }
     copy_to_device(o->state, &state, sizeof(state), s);
     copy_to_device(o->first_piece, first, ((size_t)table->count + 1) * sizeof(int64_t), s);
-    device_zero(o->master, table->elements * sizeof(float), s);
-    device_zero(o->m, table->elements * sizeof(float), s);
-    device_zero(o->v, table->elements * sizeof(float), s);
-    device_zero(o->weight_amax, sizeof(uint32_t), s);
+    for (int i = 0; i < table->count; i++) {
+        Param* p = &table->items[i];
+        size_t n = round_up(param_elements(p), PARAM_ALIGNMENT);
+        OptimizerTensor* const states[] = {&p->master, &p->m, &p->v};
+        for (OptimizerTensor* t : states) {
+            device_zero(t->data, n * (size_t)dtype_bytes(t->dtype), s);
+            if (t->exponents != NULL) { device_zero(t->exponents, ceil_div(n, (size_t)STATE_BLOCK), s); }
+            if (t->slot != NULL) { run_rows(ResetSlots{t->slot}, 1, s); }
+        }
+    }
+    o->updates = 0;
     stream_sync(s);
     free(first);
 }
 
-// Writes the forward pass's weight of one tensor from its master (whose amax is in o->weight_amax where `scaled`). `apply`: NULL = always
+// Writes the forward pass's weight of one tensor from its master (whose amax is in o->amaxes where the weight is FP8). `apply`: NULL = always
 static inline void weight_from_master(Optimizer* o, Param* p, const int* apply, Stream s) {
     size_t n = param_elements(p);
-    const float* master = o->master + p->offset;
-    if (p->dtype == BF16) { run_rows(CastWeight<bf16>{(bf16*)p->weight, master, NULL, apply, n}, pieces_of(n), s); }
-    else if (p->dtype == E4M3) {
-        run_rows(WeightSlot{p->slot, o->weight_amax}, 1, s);
-        run_rows(CastWeight<e4m3>{(e4m3*)p->weight, master, p->slot + 1, apply, n}, pieces_of(n), s);
-    }
+    StateView master = view_of(&p->master, NEAREST, RandomKey{});
+    if (p->weight == p->master.data) { return; }
+    if (is_fp8(p->dtype)) { run_rows(StateSlots{{NULL, NULL, NULL, p->slot}, {0.0f, 0.0f, 0.0f, largest_of(p->dtype)}, o->amaxes, apply}, 4, s); }
+    run_rows(CastWeight{(char*)p->weight, p->dtype, master, is_fp8(p->dtype) ? p->slot + 1 : NULL, apply, n}, pieces_of(n), s);
 }
 
 // After the masters were set from outside (initialisation, import): all weights of the forward pass
@@ -287,9 +451,33 @@ static inline void optimizer_cast_weights(Optimizer* o, ParamTable* table, Strea
     for (int i = 0; i < table->count; i++) {
         Param* p = &table->items[i];
         size_t n = param_elements(p);
-        if (is_fp8(p->dtype)) { run_rows(AmaxPieces<float>{o->weight_amax, o->master + p->offset, n}, pieces_of(n), s); }
+        device_zero(o->amaxes, 3 * sizeof(uint32_t), s);
+        if (is_fp8(p->dtype)) { run_rows(MasterAmax{o->amaxes, view_of(&p->master, NEAREST, RandomKey{}), n}, pieces_of(n), s); }
         weight_from_master(o, p, NULL, s);
     }
+}
+
+// The master of one parameter from FP32 values on the host. optimizer_cast_weights goes after it.
+static inline void optimizer_set_master(Param* p, const float* values, Stream s) {
+    size_t n = param_elements(p), blocks = ceil_div(n, (size_t)STATE_BLOCK), bytes = n * (size_t)dtype_bytes(p->master.dtype);
+    char* codes = (char*)host_alloc(bytes);
+    int8_t* exponents = (int8_t*)host_alloc(blocks);
+    float slot[4] = {1.0f, 1.0f, 1.0f, 0.0f};
+    memset(exponents, 0, blocks);
+    StateView v = {p->master.dtype, NEAREST, codes, p->master.slot != NULL ? slot : NULL, p->master.exponents != NULL ? exponents : NULL, RandomKey{}};
+    uint32_t top = 0;
+    for (size_t i = 0; i < n; i++) { top = max_of(top, magnitude_bits(values[i])); }
+    if (v.slot != NULL) { set_slot(slot, scale_from_amax(bits_to_float(top), largest_of(v.dtype), 0, 1.0f)); }
+    SetState set = {v, values, n};
+    int pieces = pieces_of(n);
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < pieces; i++) { set(CpuTeam{}, i); }
+    copy_to_device(p->master.data, codes, bytes, s);
+    if (v.exponents != NULL) { copy_to_device(p->master.exponents, exponents, blocks, s); }
+    if (v.slot != NULL) { copy_to_device(p->master.slot, slot, sizeof(slot), s); }
+    stream_sync(s);
+    free(codes);
+    free(exponents);
 }
 
 // One step from the reduced gradients of all parameters and the mean loss of the global batch, in two halves. No host synchronisation.
@@ -310,40 +498,83 @@ static inline void optimizer_decide(Optimizer* o, const ParamTable* table, const
     run_rows(Decide{o->state, o->squares, loss, table->count, rules}, 1, s);
 }
 
+static inline void update_fp32(const Optimizer* o, const Param* p, AdamRates rates, uint32_t* amax, Stream s) {
+    size_t n = param_elements(p);
+    float *master = (float*)p->master.data, *m = (float*)p->m.data, *v = (float*)p->v.data;
+    with_gradient_type(p->grad_dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type G;
+        const G* g = (const G*)p->grad;
+        if (p->dtype == BF16) {
+            run_rows(AdamUpdate<bf16, G>{(bf16*)p->weight, master, m, v, g, p->grad_slot, NULL, o->state, rates, n}, pieces_of(n), s);
+        } else {
+            run_rows(AdamUpdate<float, G>{NULL, master, m, v, g, p->grad_slot, amax, o->state, rates, n}, pieces_of(n), s);
+        }
+    });
+}
+
+// `step`: what the random bits of this step depend on. Leaves the amax of the new master in o->amaxes, and writes the weight of the forward pass where its
+// scale is known; false: it is not.
+static inline bool update_narrow(const Optimizer* o, const Param* p, AdamRates rates, uint64_t tensor, uint64_t step, Stream s) {
+    auto view = [=](const OptimizerTensor* t, Rounding rounding, uint64_t kind) {
+        return view_of(t, rounding, random_key(o->config.seed, step, tensor << 2 | kind));
+    };
+    bool fp8 = is_fp8(p->dtype), by_tensor = p->master.slot != NULL || p->m.slot != NULL || p->v.slot != NULL;
+    int pieces = pieces_of(param_elements(p));
+    AdamUpdateNarrow update = {};
+    update.master = view(&p->master, o->config.master_rounding, 1);
+    update.m = view(&p->m, o->config.moment_rounding, 2);
+    update.v = view(&p->v, o->config.moment_rounding, 3);
+    update.grad_dtype = p->grad_dtype;
+    update.grad = (const char*)p->grad;
+    update.descale = p->grad_slot;
+    update.weight_dtype = p->dtype;
+    update.amaxes = by_tensor || fp8 ? o->amaxes : NULL;
+    update.state = o->state;
+    update.rates = rates;
+    update.elements = param_elements(p);
+    if (by_tensor) {
+        update.measure = true;
+        run_rows(update, pieces, s);
+        run_rows(StateSlots{{p->master.slot, p->m.slot, p->v.slot, fp8 ? p->slot : NULL},
+                            {largest_of(p->master.dtype), largest_of(p->m.dtype), largest_of(p->v.dtype), largest_of(p->dtype)}, o->amaxes, &o->state->apply}, 4, s);
+        update.measure = false;
+        update.measured = true;
+        update.amaxes = NULL;
+        update.weight_scale = fp8 ? p->slot + 1 : NULL;
+    }
+    bool written = by_tensor || !fp8;
+    update.weight = written && p->weight != p->master.data ? (char*)p->weight : NULL;
+    run_rows(update, pieces, s);
+    return written;
+}
+
 // Second: the update.
 static inline void optimizer_update(Optimizer* o, ParamTable* table, AdamRates rates, float weight_decay, Stream s) {
     ProfileScope scope("adamw");
+    uint64_t step = (uint64_t)o->updates++;
     for (int i = 0; i < table->count; i++) {
         Param* p = &table->items[i];
-        size_t n = param_elements(p);
         rates.decay = p->decay ? weight_decay : 0.0f;
-        float* master = o->master + p->offset;
-        float* m = o->m + p->offset;
-        float* v = o->v + p->offset;
-        const float* descale = p->grad_slot;
-        with_gradient_type(p->grad_dtype, [&](auto tag) {
-            typedef typename decltype(tag)::type G;
-            const G* g = (const G*)p->grad;
-            if (p->dtype == BF16) {
-                run_rows(AdamUpdate<bf16, G>{(bf16*)p->weight, master, m, v, g, descale, NULL, o->state, rates, n}, pieces_of(n), s);
-            } else {
-                uint32_t* amax = is_fp8(p->dtype) ? o->weight_amax : NULL;
-                run_rows(AdamUpdate<float, G>{NULL, master, m, v, g, descale, amax, o->state, rates, n}, pieces_of(n), s);
-            }
-        });
-        if (is_fp8(p->dtype)) { weight_from_master(o, p, &o->state->apply, s); }
+        bool fp8 = is_fp8(p->dtype), fp32 = p->master.dtype == FP32 && p->m.dtype == FP32 && p->v.dtype == FP32, written = !fp8;
+        device_zero(o->amaxes, 3 * sizeof(uint32_t), s);
+        if (fp32) { update_fp32(o, p, rates, fp8 ? o->amaxes : NULL, s); }
+        else { written = update_narrow(o, p, rates, (uint64_t)i, step, s); }
+        if (!written) { weight_from_master(o, p, &o->state->apply, s); }
     }
 }
 
-// What AdamW moves in a step: gradient, master and moments, and the weight of the forward pass; an FP8 weight's second pass reads the master again
+// What AdamW moves in a step: gradient, states, and the weight of the forward pass. States that are scaled by tensor are read twice, with the gradient; an
+// FP8 weight of other states takes a second pass over the master.
 static inline Traffic optimizer_traffic(const ParamTable* table) {
     Traffic t = {};
     for (int i = 0; i < table->count; i++) {
-        double n = (double)param_elements(&table->items[i]);
-        DType weight = table->items[i].dtype;
-        t.updated += 12 * n;
-        t.read += ((double)dtype_bytes(table->items[i].grad_dtype) + (is_fp8(weight) ? 4 : 0)) * n;
-        t.written += weight == FP32 ? 0.0 : (double)dtype_bytes(weight) * n;
+        const Param* p = &table->items[i];
+        double n = (double)param_elements(p), grad = dtype_bytes(p->grad_dtype), master = dtype_bytes(p->master.dtype);
+        double states = master + dtype_bytes(p->m.dtype) + dtype_bytes(p->v.dtype);
+        bool by_tensor = p->master.slot != NULL || p->m.slot != NULL || p->v.slot != NULL;
+        t.updated += states * n;
+        t.read += (grad + (by_tensor ? grad + states : is_fp8(p->dtype) ? master : 0.0)) * n;
+        t.written += p->weight == p->master.data ? 0.0 : (double)dtype_bytes(p->dtype) * n;
     }
     return t;
 }

@@ -31,6 +31,7 @@ enum Schedule { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_CONSTANT, SCHEDULE_WS
 enum Position { POSITION_ROPE, POSITION_LEARNED };
 enum FP8Format { FORMAT_E4M3, FORMAT_E5M2 };
 enum GradFormat { GRAD_FP32, GRAD_BF16, GRAD_E4M3, GRAD_E5M2 };
+enum StateFormat { STATE_FP32, STATE_BF16, STATE_FP16, STATE_E4M3, STATE_E5M2 };  // as in DType
 
 static const DType grad_formats[] = {FP32, BF16, E4M3, E5M2};  // by GradFormat
 
@@ -59,6 +60,9 @@ struct Args {
     GradScaling grad_scaling = SCALING_AUTO;
     GradReduce grad_reduce = REDUCE_DIRECT;
     Rounding grad_accum_rounding = STOCHASTIC;
+    StateFormat master_dtype = STATE_FP32, m_dtype = STATE_FP32, v_dtype = STATE_FP32;
+    int64_t opt_block = 0;
+    Rounding master_rounding = NEAREST, moment_rounding = NEAREST;
     int64_t recompute = 1;
     int64_t val_every = 250, val_batches = 20, sample_every = 0, sample_len = 64;
     int64_t seed = 1337;
@@ -165,6 +169,12 @@ static void option_table(OptionTable* t, Args* a) {
         option_choice("grad-scaling", NULL, &a->grad_scaling, "pre|post|sqrt|auto", "S", "headroom of an FP8 ring: 1/ranks, 1, 1/sqrt(ranks), or as the paper adapts it", "auto"),
         option_choice("grad-accum-dtype", NULL, &a->grad_accum_dtype, "fp32|bf16|e4m3=fp8", "F", "weight gradients while micro-batches are added up; for e4m3 embeddings take bf16", "by --recipe"),
         option_choice("grad-accum-rounding", NULL, &a->grad_accum_rounding, "nearest|stochastic", "R", "of accumulators below FP32", "stochastic; nearest for e4m3"),
+        option_choice("master-dtype", NULL, &a->master_dtype, "fp32|bf16|fp16|e4m3|e5m2", "F", "master weights of matrices; FP16 and FP8 have scales", "by --recipe"),
+        option_choice("m-dtype", NULL, &a->m_dtype, "fp32|bf16|fp16|e4m3|e5m2", "F", "AdamW's first moment", "by --recipe"),
+        option_choice("v-dtype", NULL, &a->v_dtype, "fp32|bf16|fp16|e4m3|e5m2", "F", "AdamW's second moment", "by --recipe"),
+        option_int("opt-block", NULL, &a->opt_block, 0, STATE_BLOCK, "N", "elements that share a scale of these states: 128; 0: all of a tensor", "0"),
+        option_choice("master-rounding", NULL, &a->master_rounding, "nearest|stochastic", "R", "of master weights below FP32"),
+        option_choice("moment-rounding", NULL, &a->moment_rounding, "nearest|stochastic", "R", "of moments below FP32"),
         option_int("recompute", "r", &a->recompute, 0, 2, "N", "in backward again instead of kept: 0 nothing, 1 GELU, 2 GELU and LayerNorm"),
         option_group("Output"),
         option_string("output-dir", "o", &a->output_dir, 1, "DIR", "folder of log.jsonl"),
@@ -226,7 +236,9 @@ struct GptConfig {
     DType fp8_fwd, fp8_bwd;   // of X and of dY
     DType accum, wire;        // gradients of matrices: while micro-batches are added up; between ranks
     Rounding accum_rounding;
-    bool embeddings_as_matrices;  // their gradients: else in FP32
+    DType master, m, v;       // optimizer states of matrices
+    OptimizerConfig optimizer;
+    bool embeddings_as_matrices;  // their gradients and states: else in FP32
     ReductionConfig reduction;
     uint64_t seed;
 };
@@ -350,14 +362,17 @@ static void build_params(Model* m) {
     }
 }
 
-// How each gradient is added up and how it travels. Vectors are too few for FP8 to matter, and their precision does.
-static void set_gradient_formats(Model* m) {
+// How each gradient is added up and travels, and what the optimizer keeps. Vectors are too few for FP8 to matter, and their precision does.
+static void set_training_formats(Model* m) {
     const GptConfig* c = &m->config;
     for (int i = 0; i < m->params.count; i++) {
         Param* p = &m->params.items[i];
         bool as_matrix = p->format_class == MATRIX || (p->format_class == EMBEDDING && c->embeddings_as_matrices);
         p->accum = as_matrix ? c->accum : FP32;
         p->wire = as_matrix ? c->wire : FP32;
+        p->master.dtype = as_matrix ? c->master : FP32;
+        p->m.dtype = as_matrix ? c->m : FP32;
+        p->v.dtype = as_matrix ? c->v : FP32;
         if (p->format_class == EMBEDDING && p->accum == E4M3) { p->accum = BF16; }  // rows are added one by one: no scale for the whole is known
     }
 }
@@ -514,15 +529,15 @@ static void model_allocate(Model* m, Memory* memory) {
     // weights
     float* slot = memory_take<float>(memory, WEIGHTS, 4 * (size_t)m->params.count);
     bool fp32 = c->act == FP32;
-    if (fp32) { m->optimizer.master = memory_take<float>(memory, WEIGHTS, m->params.elements); }
+    float* flat = fp32 ? memory_take<float>(memory, WEIGHTS, m->params.elements) : NULL;
     for (int i = 0; i < m->params.count; i++) {
         Param* p = &m->params.items[i];
-        if (fp32) { p->weight = memory->committed ? m->optimizer.master + p->offset : NULL; continue; }
+        if (fp32) { p->weight = memory->committed ? flat + p->offset : NULL; continue; }
         p->weight = memory_take(memory, WEIGHTS, param_elements(p), (size_t)dtype_bytes(p->dtype));
         p->slot = is_fp8(p->dtype) && memory->committed ? slot + 4 * i : NULL;
     }
     reduction_allocate(&m->reduction, memory);
-    optimizer_allocate(&m->optimizer, &m->params, fp32, memory);
+    optimizer_allocate(&m->optimizer, &m->params, fp32, flat, memory);
     // scaling state
     m->sites.count = c->fp8 ? c->layers * SITES_PER_LAYER : 0;
     size_t sites = (size_t)m->sites.count;
@@ -607,7 +622,8 @@ static void model_plan(Model* m, const GptConfig* config, Group* group, Memory* 
     m->layers = (Layer*)host_alloc((size_t)config->layers * sizeof(Layer));
     for (int l = 0; l < config->layers; l++) { m->layers[l] = Layer{}; }
     build_params(m);
-    set_gradient_formats(m);
+    set_training_formats(m);
+    m->optimizer.config = config->optimizer;
     reduction_plan(&m->reduction, group, &m->params, config->reduction);
     m->stream = stream_create();
     m->record = (StepRecord*)pinned_alloc(sizeof(StepRecord));
@@ -678,11 +694,16 @@ static void model_set_weights(Model* m, Group* group, const LlmcModel* file) {
     for (int i = 0; i < m->params.count; i++) {
         Param* p = &m->params.items[i];
         if (file != NULL) { llmc_read(values, file, p); } else { param_initialise(values, p, m->config.seed); }
-        copy_to_device(m->optimizer.master + p->offset, values, param_elements(p) * sizeof(float), m->stream);
-        stream_sync(m->stream);
+        optimizer_set_master(p, values, m->stream);
     }
     free(values);
-    broadcast(group, m->optimizer.master, m->params.elements * sizeof(float), 0, m->stream);  // nodes may differ in their files, or in libm's last bit
+    for (int i = 0; i < m->params.count; i++) {  // nodes may differ in their files, or in libm's last bit
+        const OptimizerTensor* t = &m->params.items[i].master;
+        size_t n = param_elements(&m->params.items[i]);
+        broadcast(group, t->data, n * (size_t)dtype_bytes(t->dtype), 0, m->stream);
+        if (t->slot != NULL) { broadcast(group, t->slot, 4 * sizeof(float), 0, m->stream); }
+        if (t->exponents != NULL) { broadcast(group, t->exponents, ceil_div(n, (size_t)STATE_BLOCK), 0, m->stream); }
+    }
     optimizer_cast_weights(&m->optimizer, &m->params, m->stream);
 }
 
@@ -1130,6 +1151,33 @@ static void resolve_gradients(Run* r) {
     c->reduction = ReductionConfig{a->grad_scaling, a->grad_reduce};
 }
 
+// What the optimizer keeps, from the recipe and the explicit flags
+static void resolve_optimizer(Run* r) {
+    Args* a = &r->args;
+    Options* o = &r->table.options;
+    GptConfig* c = &r->config;
+    if (a->recipe == RECIPE_FP8_LM) {
+        set_default(o, &a->master_dtype, STATE_FP16);
+        set_default(o, &a->m_dtype, STATE_E4M3);
+        set_default(o, &a->v_dtype, STATE_FP16);
+    }
+    c->master = (DType)a->master_dtype;
+    c->m = (DType)a->m_dtype;
+    c->v = (DType)a->v_dtype;
+    if (a->opt_block != 0 && a->opt_block != STATE_BLOCK) { bad_input("--opt-block: %" PRId64 " is not allowed; allowed: %d, or 0 for the whole tensor", a->opt_block, STATE_BLOCK); }
+    if (a->recipe == RECIPE_FP32 && c->master != FP32) {
+        bad_input("--master-dtype %s: in recipe fp32 the weights are the masters; allowed: fp32", dtype_names[c->master]);
+    }
+    if (option_given(o, &a->opt_block) && a->opt_block != 0 && !has_scale(c->master) && !has_scale(c->m) && !has_scale(c->v)) {
+        bad_input("--opt-block %" PRId64 ": master, m and v are in fp32 or bf16 and have no scales; give one of them fp16, e4m3 or e5m2", a->opt_block);
+    }
+    if (option_given(o, &a->master_rounding) && c->master == FP32) { bad_input("--master-rounding: the masters are in fp32 and not rounded; give --master-dtype with it"); }
+    if (option_given(o, &a->moment_rounding) && c->m == FP32 && c->v == FP32) {
+        bad_input("--moment-rounding: the moments are in fp32 and not rounded; give --m-dtype or --v-dtype with it");
+    }
+    c->optimizer = OptimizerConfig{a->opt_block != 0, a->master_rounding, a->moment_rounding, (uint64_t)a->seed};
+}
+
 // Shape and numerics from --init, the explicit flags and the data
 static void resolve_model(Run* r) {
     Args* a = &r->args;
@@ -1213,6 +1261,7 @@ static void resolve_model(Run* r) {
     c->fp8_bwd = a->fp8_bwd == FORMAT_E4M3 ? E4M3 : E5M2;
     c->seed = (uint64_t)a->seed;
     resolve_gradients(r);
+    resolve_optimizer(r);
     if (3 + 12 * (int64_t)c->layers + 2 > MAX_PARAMS) { bad_input("--layers: at most %d", (MAX_PARAMS - 5) / 12); }
 }
 

@@ -192,9 +192,9 @@ template <int N> DEVICE Vec<N> splat(Range<N>, float x) { return Vec<N>::map([&]
 template <int N> DEVICE VecPair<N> pair_of(Vec<N> a, Vec<N> b) { return VecPair<N>{a, b}; }
 
 #define VEC_OPERATOR(op) \
-    template <int N> DEVICE Vec<N> operator op(Vec<N> a, Vec<N> b) { return Vec<N>::map([&](int k) { return a.v[k] op b.v[k]; }); } \
-    template <int N> DEVICE Vec<N> operator op(Vec<N> a, float b) { return Vec<N>::map([&](int k) { return a.v[k] op b; }); } \
-    template <int N> DEVICE Vec<N> operator op(float a, Vec<N> b) { return Vec<N>::map([&](int k) { return a op b.v[k]; }); }
+    template <int N> DEVICE Vec<N> operator op(const Vec<N>& a, const Vec<N>& b) { return Vec<N>::map([&](int k) { return a.v[k] op b.v[k]; }); } \
+    template <int N> DEVICE Vec<N> operator op(const Vec<N>& a, float b) { return Vec<N>::map([&](int k) { return a.v[k] op b; }); } \
+    template <int N> DEVICE Vec<N> operator op(float a, const Vec<N>& b) { return Vec<N>::map([&](int k) { return a op b.v[k]; }); }
 VEC_OPERATOR(+)
 VEC_OPERATOR(-)
 VEC_OPERATOR(*)
@@ -236,7 +236,7 @@ DEVICE float exp_of(float x) {
 }
 
 template <int N> DEVICE Vec<N> exp_of(Vec<N> a) { return Vec<N>::map([&](int k) { return exp_of(a.v[k]); }); }
-template <int N> DEVICE Vec<N> sqrt_of(Vec<N> a) { return Vec<N>::map([&](int k) { return sqrtf(a.v[k]); }); }
+template <int N> DEVICE Vec<N> sqrt_of(const Vec<N>& a) { return Vec<N>::map([&](int k) { return sqrtf(a.v[k]); }); }
 template <int N> DEVICE Vec<N> fma_of(Vec<N> a, Vec<N> b, Vec<N> c) {
     return Vec<N>::map([&](int k) { return fma_of(a.v[k], b.v[k], c.v[k]); });
 }
@@ -245,7 +245,7 @@ template <class T, int N> DEVICE Vec<N> round_to(Vec<N> a) { return Vec<N>::map(
 
 // NaN and inf win: the bits of |x| order as integers
 DEVICE uint32_t magnitude_bits(float x) { return float_to_bits(x) & 0x7fffffffu; }
-template <int N> DEVICE uint32_t magnitude_bits(Vec<N> a) {
+template <int N> DEVICE uint32_t magnitude_bits(const Vec<N>& a) {
     uint32_t top = 0;
     UNROLL
     for (int k = 0; k < N; k++) { top = max_of(top, magnitude_bits(a.v[k])); }
@@ -302,14 +302,14 @@ template <class T, int N> DEVICE Vec<N> load(const T* p, Range<N> c) {
     return Vec<N>::map([&](int k) { return to_float(r.e[k]); });
 }
 // rounds to nearest even
-template <class T, int N> DEVICE void store(T* p, Range<N> c, Vec<N> x) {
+template <class T, int N> DEVICE void store(T* p, Range<N> c, const Vec<N>& x) {
     Raw<T, N> r;
     UNROLL
     for (int k = 0; k < N; k++) { from_float(r.e[k], x.v[k]); }
     store_raw(p, c, r);
 }
 // `first`: the number of element p[0] within the unsharded tensor
-template <class T, int N> DEVICE void store_stochastic(T* p, Range<N> c, Vec<N> x, RandomKey key, uint64_t first) {
+template <class T, int N> DEVICE void store_stochastic(T* p, Range<N> c, const Vec<N>& x, RandomKey key, uint64_t first) {
     Raw<T, N> r;
     UNROLL
     for (int k = 0; k < N; k++) { from_float_stochastic(r.e[k], x.v[k], random_bits(key, first + c.i + k)); }
@@ -317,8 +317,40 @@ template <class T, int N> DEVICE void store_stochastic(T* p, Range<N> c, Vec<N> 
 }
 
 // the one or the other
-template <Rounding R, class T, int N> DEVICE void store_rounded(T* p, Range<N> c, Vec<N> x, RandomKey key, uint64_t first) {
+template <Rounding R, class T, int N> DEVICE void store_rounded(T* p, Range<N> c, const Vec<N>& x, RandomKey key, uint64_t first) {
     if (R == STOCHASTIC) { store_stochastic(p, c, x, key, first); } else { store(p, c, x); }
+}
+
+// ---- a pack of a type known at run time, of which the first `count` elements are there ----
+
+template <class T, int N> DEVICE Vec<N> load_some(const T* p, Range<N> c, int count) {
+    if (count >= N) { return load(p, c); }
+    return Vec<N>::map([&](int k) { return k < count ? to_float(p[c.i + k]) : 0.0f; });
+}
+template <Rounding R, class T, int N> DEVICE void store_some(T* p, Range<N> c, int count, const Vec<N>& x, RandomKey key, uint64_t first) {
+    if (count >= N) { store_rounded<R>(p, c, x, key, first); return; }
+    for (int k = 0; k < count; k++) { store_rounded<R>(p, Range<1>{c.i + k}, Vec<1>{{x.v[k]}}, key, first); }
+}
+template <int N> DEVICE Vec<N> load_as(DType t, const void* p, Range<N> c, int count) {
+    switch (t) {
+        case BF16: return load_some((const bf16*)p, c, count);
+        case FP16: return load_some((const fp16*)p, c, count);
+        case E4M3: return load_some((const e4m3*)p, c, count);
+        case E5M2: return load_some((const e5m2*)p, c, count);
+        default: return load_some((const float*)p, c, count);
+    }
+}
+template <Rounding R, int N> DEVICE void store_as(DType t, void* p, Range<N> c, int count, const Vec<N>& x, RandomKey key, uint64_t first) {
+    switch (t) {
+        case BF16: store_some<R>((bf16*)p, c, count, x, key, first); break;
+        case FP16: store_some<R>((fp16*)p, c, count, x, key, first); break;
+        case E4M3: store_some<R>((e4m3*)p, c, count, x, key, first); break;
+        case E5M2: store_some<R>((e5m2*)p, c, count, x, key, first); break;
+        default: store_some<NEAREST>((float*)p, c, count, x, key, first);
+    }
+}
+template <int N> DEVICE void store_as(DType t, Rounding r, void* p, Range<N> c, int count, const Vec<N>& x, RandomKey key, uint64_t first) {
+    if (r == STOCHASTIC) { store_as<STOCHASTIC>(t, p, c, count, x, key, first); } else { store_as<NEAREST>(t, p, c, count, x, key, first); }
 }
 
 // *target = max(*target, value) for integers, from any number of rows at once; the order does not matter, so the result repeats
@@ -390,6 +422,17 @@ struct CpuTeam {
         for (int i = 0; i < n; i++) { int32_t a = ordered_bits(f(Range<1>{(size_t)i}).v[0]); top = a > top ? a : top; }
         return from_ordered_bits(top);
     }
+    // f(c, count) for stretches of 0 … n-1 within blocks of BLOCK elements; of the last, `count` elements are there. Locals that f changes are of one
+    // thread: `top_of` makes one of them all.
+    template <int BLOCK, class F> DEVICE void each_block(int n, F f) const {
+        for (int i = 0; i < n; i += BLOCK) { f(Range<BLOCK>{(size_t)i}, n - i < BLOCK ? n - i : BLOCK); }
+    }
+    // max |x| over the block that the caller is in, as float bits
+    template <int BLOCK> DEVICE uint32_t block_amax(Vec<BLOCK> x) const { return magnitude_bits(x); }
+    template <int BLOCK> DEVICE bool leads_block() const { return true; }
+    DEVICE void sync_blocks() const {}
+    // the greatest of all threads'
+    DEVICE uint32_t top_of(uint32_t x) const { return x; }
     // out[c] = Σ over rows r0 … r1-1 of f(r, c), from 0 in the order of the rows; returns max |f| as float bits. For sums by column over a strip of rows.
     template <class F> DEVICE uint32_t columns(float* out, int r0, int r1, int n, F f) const {
         uint32_t top = 0;
@@ -494,6 +537,24 @@ struct GpuTeam {
         each(n, [&](auto c) { top = max_of(top, ordered_max(f(c))); });
         return from_ordered_bits(combine(top, (int32_t)INT32_MIN, Max{}));
     }
+    // A block is taken by BLOCK/PACK neighbouring threads of a warp; all of them call f, those beyond the end with count 0.
+    template <int BLOCK, class F> GPU void each_block(int n, F f) const {
+        static_assert(BLOCK % PACK == 0 && 32 % (BLOCK / PACK) == 0, "blocks lie within a warp");
+        int packs = (n + BLOCK - 1) / BLOCK * (BLOCK / PACK);
+        packs = (packs + 31) / 32 * 32;
+        for (int i = rank; i < packs; i += size) {
+            int left = n - i * PACK;
+            f(Range<PACK>{(size_t)i * PACK}, left < 0 ? 0 : left < PACK ? left : PACK);
+        }
+    }
+    template <int BLOCK> GPU uint32_t block_amax(Vec<PACK> x) const {
+        uint32_t top = magnitude_bits(x);
+        for (int o = BLOCK / PACK / 2; o > 0; o >>= 1) { top = max_of(top, __shfl_xor_sync(0xffffffffu, top, o)); }
+        return top;
+    }
+    template <int BLOCK> GPU bool leads_block() const { return rank % (BLOCK / PACK) == 0; }
+    GPU void sync_blocks() const { __syncwarp(); }
+    GPU uint32_t top_of(uint32_t x) const { return combine(x, 0u, Max{}); }
     template <class F> GPU uint32_t columns(float* out, int r0, int r1, int n, F f) const {
         uint32_t top = 0;
         each(n, [&](auto c) {

@@ -42,6 +42,9 @@ DEVICE uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u
 // 2^e for e in [-126, 127]
 DEVICE float exp2_int(int e) { return bits_to_float((uint32_t)(e + 127) << 23); }
 
+// e of a normal 2^e
+DEVICE int exponent_of(float power_of_two) { return (int)((float_to_bits(power_of_two) >> 23) & 0xffu) - 127; }
+
 // ---- encode and decode ----
 
 // The layout of a format: MAN mantissa bits, exponent bias, the largest finite code, the code of NaN.

@@ -9,6 +9,17 @@
 // What decides a tensor's format: MATRIX is an input of an FP8 matmul where the recipe says so; EMBEDDING and VECTOR stay in the activations' type.
 enum FormatClass { MATRIX, EMBEDDING, VECTOR };
 
+constexpr int STATE_BLOCK = 128;  // elements of an optimizer state that share an exponent, where blocks have scales of their own
+
+// Master weight, first or second moment of a parameter, (rows, cols) on the device. FP16 and FP8 are values times a power of two: one a tensor, in a slot
+// as gradients have it, or one a block.
+struct OptimizerTensor {
+    DType dtype;
+    void* data;
+    float* slot;         // {descale, scale, previous descale, 0}; NULL: not scaled by tensor
+    int8_t* exponents;   // (ceil(elements / STATE_BLOCK)) codes are values · 2^exponent; NULL: not scaled by block
+};
+
 struct Param {
     char name[32];       // llm.c's names; layers as h0.qkvw
     int64_t rows, cols;  // (rows, cols) row-major as stored; a vector has one row
@@ -22,6 +33,7 @@ struct Param {
     size_t offset;       // of its first element within the flat FP32 arrays, a multiple of 64
     void* weight;        // (rows, cols) of dtype
     float* slot;         // FP8: {descale, scale, 0, 0}, 16-byte aligned on the device; NULL otherwise
+    OptimizerTensor master, m, v;
     // the gradient; where it lies is up to the reduction (comm.cuh)
     DType accum;         // its format while micro-batches are added up
     DType wire;          // its format between ranks

@@ -1,6 +1,8 @@
 // Tests of adam_fp8.cuh: five steps of an independent AdamW (golden file), the update of each tensor against float64, the weights that a
-// step writes, the norm, and the decision: what is skipped leaves no trace, and the z-scores are those of an account kept here.
+// step writes, the norm, and the decision: what is skipped leaves no trace, and the z-scores are those of an account kept here. States in few
+// bits are followed, bit for bit, by a model that encodes by searching in the formats' values.
 #include "check.h"
+#include <algorithm>
 #include <deque>
 #include "../adam_fp8.cuh"
 #include "golden/golden.h"
@@ -32,7 +34,6 @@ struct Model {
         memory_commit(&memory);
         allocate();
         memory_check(&memory);
-        if (fp32) { o.master = flat; }
         optimizer_reset(&o, table, NULL);
         std::vector<float> slot = {1.0f, 1.0f, 0.0f, 0.0f};
         for (int i = 0; i < table->count; i++) {
@@ -59,7 +60,7 @@ struct Model {
             else { p->weight = memory_take(&memory, WEIGHTS, param_elements(p), (size_t)dtype_bytes(p->dtype)); }
             if (is_fp8(p->dtype)) { p->slot = memory_take<float>(&memory, WEIGHTS, 4); }
         }
-        optimizer_allocate(&o, table, fp32, &memory);
+        optimizer_allocate(&o, table, fp32, flat, &memory);
         grads = memory_take<float>(&memory, GRADIENTS, table->elements);
         slots = memory_take<float>(&memory, GRADIENTS, 4 * (size_t)table->count);
         for (int i = 0; i < table->count; i++) {
@@ -69,8 +70,12 @@ struct Model {
         loss = memory_take<float>(&memory, GRADIENTS, 1);
     }
     size_t n() const { return table->elements; }
+    // in FP32 the states of all tensors lie in one array each, at Param.offset
+    float* master() const { return (float*)table->items[0].master.data; }
+    float* moment() const { return (float*)table->items[0].m.data; }
+    float* square() const { return (float*)table->items[0].v.data; }
     void set_master(const std::vector<float>& x) {
-        copy_to_device(o.master, x.data(), n() * sizeof(float), NULL);
+        copy_to_device(master(), x.data(), n() * sizeof(float), NULL);
         optimizer_cast_weights(&o, table, NULL);
         finish();
     }
@@ -116,10 +121,9 @@ static std::vector<char> everything(const Model& m) {
         all.resize(at + bytes);
         copy_to_host(all.data() + at, p, bytes, NULL);
     };
-    add(m.o.master, m.n() * sizeof(float));
-    add(m.o.m, m.n() * sizeof(float));
-    add(m.o.v, m.n() * sizeof(float));
-    add(m.o.weight_amax, sizeof(uint32_t));
+    add(m.master(), m.n() * sizeof(float));
+    add(m.moment(), m.n() * sizeof(float));
+    add(m.square(), m.n() * sizeof(float));
     for (int i = 0; i < m.table->count; i++) {
         const Param* p = &m.table->items[i];
         add(p->weight, param_elements(p) * (size_t)dtype_bytes(p->dtype));
@@ -167,7 +171,7 @@ static void five_steps_match_the_golden_file(void**) {
         memcpy(grad.data(), grads->floats + t * n, (size_t)n * sizeof(float));
         StepRecord r = m.step(grad, 1.0f);
         assert_int_equal(r.applied, t + 1);
-        std::vector<float> got = from_device<float>(m.o.master, n), gm = from_device<float>(m.o.m, n), gv = from_device<float>(m.o.v, n);
+        std::vector<float> got = from_device<float>(m.master(), n), gm = from_device<float>(m.moment(), n), gv = from_device<float>(m.square(), n);
         for (int i = 0; i < n; i++) {
             double want = (double)golden_find(g, "p_after")->floats[t * n + i], wm = (double)golden_find(g, "m_after")->floats[t * n + i];
             double wv = (double)golden_find(g, "v_after")->floats[t * n + i];
@@ -190,11 +194,11 @@ static void check_update(const std::vector<Spec>& specs, float clip) {
     double b1 = 1.0, b2 = 1.0;
     for (int t = 0; t < 4; t++) {
         std::vector<float> g = flat_of(m, NAN, [=](int i, size_t) { return (float)(normal() * pow(10.0, i - 4)); });
-        std::vector<float> w0 = from_device<float>(m.o.master, m.n()), m0 = from_device<float>(m.o.m, m.n()),
-                           v0 = from_device<float>(m.o.v, m.n());
+        std::vector<float> w0 = from_device<float>(m.master(), m.n()), m0 = from_device<float>(m.moment(), m.n()),
+                           v0 = from_device<float>(m.square(), m.n());
         StepRecord r = m.step(g, 2.0f);
-        std::vector<float> w1 = from_device<float>(m.o.master, m.n()), m1 = from_device<float>(m.o.m, m.n()),
-                           v1 = from_device<float>(m.o.v, m.n());
+        std::vector<float> w1 = from_device<float>(m.master(), m.n()), m1 = from_device<float>(m.moment(), m.n()),
+                           v1 = from_device<float>(m.square(), m.n());
         b1 *= 0.9;
         b2 *= 0.95;
         double squares = 0;
@@ -235,7 +239,7 @@ static void check_weights(const Model& m, const char* when) {
     for (int i = 0; i < m.table->count; i++) {
         const Param* p = &m.table->items[i];
         size_t n = param_elements(p);
-        std::vector<float> master = from_device<float>(m.o.master + p->offset, n);
+        std::vector<float> master = from_device<float>(m.master() + p->offset, n);
         if (p->dtype == BF16) {
             std::vector<bf16> w = from_device<bf16>(p->weight, n);
             for (size_t k = 0; k < n; k++) {
@@ -253,7 +257,6 @@ static void check_weights(const Model& m, const char* when) {
             }
         }
     }
-    assert_int_equal(from_device<uint32_t>(m.o.weight_amax, 1)[0], 0);
 }
 
 // They are the masters as they are after the step, and an FP8 tensor's scale is that of the same step: it follows a tensor that grows.
@@ -309,7 +312,7 @@ static void norms_of_zero_and_of_very_small_gradients(void**) {
     std::vector<float> one(m.n(), 0.0f);
     one[m.table->items[4].offset] = 1e-15f;
     expect_near(m.step(one, 1.0f).grad_norm, 1e-15, 1e-21, "norm");
-    for (float x : from_device<float>(m.o.master, m.n())) { assert_true(isfinite(x)); }
+    for (float x : from_device<float>(m.master(), m.n())) { assert_true(isfinite(x)); }
 }
 
 static void clipping_starts_beyond_its_limit(void**) {
@@ -322,7 +325,7 @@ static void clipping_starts_beyond_its_limit(void**) {
         StepRecord r = m.step(g, 1.0f);
         expect_near(r.grad_norm, norm, 1e-6 * norm, "the norm is that before clipping");
         double factor = norm > 1.0 ? 1.0 / norm : 1.0;
-        std::vector<float> first = from_device<float>(m.o.m, 4);
+        std::vector<float> first = from_device<float>(m.moment(), 4);
         expect_near((double)first[0], 0.1 * 0.6 * norm * factor, 1e-6, "m[0]");
         expect_near((double)first[3], -0.1 * 0.8 * norm * factor, 1e-6, "m[3]");
         if (norm < 1.0) { assert_true(m.state().grad_factor == 1.0f); }
@@ -539,9 +542,9 @@ template <class G> static void narrow_gradients_are_their_codes_times_the_descal
         assert_true(!is_fp8(type) || tops[0] > 0);
     }
     narrow.rules.clip = 0.25f * (float)narrow.step(start, 1.0f).grad_norm;  // clipping takes the descale along
-    std::vector<float> m0 = from_device<float>(narrow.o.m, narrow.n()), m1;
+    std::vector<float> m0 = from_device<float>(narrow.moment(), narrow.n()), m1;
     narrow.step(start, 1.0f);
-    m1 = from_device<float>(narrow.o.m, narrow.n());
+    m1 = from_device<float>(narrow.moment(), narrow.n());
     const Param* first = &narrow.table->items[0];
     for (size_t k = 0; k < param_elements(first); k++) {
         G code;
@@ -571,11 +574,705 @@ static void memory_is_as_documented(void**) {
         param_add(table, "b", 0, 1, 10, VECTOR, masters ? FP32 : BF16);    // 1 piece
         Memory m = {};
         Optimizer o = {};
-        optimizer_allocate(&o, table, masters, &m);
+        optimizer_allocate(&o, table, masters, NULL, &m);
         size_t want = rounded(sizeof(OptimizerState)) + (masters ? 2 : 3) * rounded(table->elements * 4) + 6 * 256;
         assert_int_equal(m.bytes[OPTIMIZER], want);
         assert_int_equal(memory_total(&m), want);
         delete table;
+    }
+}
+
+// ---- states in few bits: a model, written from the formats' definitions ----
+
+// The magnitudes of a format by code. That of BF16 ends with 2^128, where inf stands; the others end with the largest finite value.
+static std::vector<double> magnitudes_of(int mantissa, int bias, uint32_t top) {
+    std::vector<double> x;
+    for (uint32_t code = 0; code <= top; code++) {
+        int e = (int)(code >> mantissa), m = (int)(code & ((1u << mantissa) - 1u));
+        x.push_back(e == 0 ? ldexp((double)m, 1 - bias - mantissa) : ldexp((double)(m + (1 << mantissa)), e - bias - mantissa));
+    }
+    return x;
+}
+static const std::vector<double>& magnitudes(DType t) {
+    static const std::vector<double> in_bf16 = magnitudes_of(7, 127, 0x7f80), in_fp16 = magnitudes_of(10, 15, 0x7bff);
+    static const std::vector<double> in_e4m3 = magnitudes_of(3, 7, 0x7e), in_e5m2 = magnitudes_of(2, 15, 0x7b);
+    return t == BF16 ? in_bf16 : t == FP16 ? in_fp16 : t == E4M3 ? in_e4m3 : in_e5m2;
+}
+static int sign_bit_of(DType t) { return t == BF16 || t == FP16 ? 15 : 7; }
+static bool is_scaled(DType t) { return t != FP32 && t != BF16; }
+static double top_of_format(DType t) { return t == E4M3 ? 448.0 : t == E5M2 ? 57344.0 : 65504.0; }
+
+static float model_value(DType t, uint32_t code) {
+    if (t == FP32) { return bits_to_float(code); }
+    int sign = sign_bit_of(t);
+    double x = magnitudes(t)[code & ((1u << sign) - 1u)];
+    return (float)(code >> sign ? -x : x);
+}
+
+// The lower neighbour is searched for. `random` NULL: nearest, ties to even; else 32 random bits, and the part of the significand below the unit
+// between the neighbours rounds up where it and the bits carry.
+static uint32_t model_code(DType t, float x, const uint32_t* random) {
+    uint32_t bits = float_to_bits(x);
+    if (t == FP32) { return bits; }
+    const std::vector<double>& values = magnitudes(t);
+    double a = fabs((double)x);
+    uint32_t low = (uint32_t)(std::upper_bound(values.begin(), values.end(), a) - values.begin()) - 1, sign = (bits >> 31) << sign_bit_of(t);
+    if (low + 1 == values.size()) { return sign | low; }
+    bool up;
+    if (random == NULL) {
+        double middle = 0.5 * (values[low] + values[low + 1]);
+        up = a > middle || (a == middle && low % 2 == 1);
+    } else {
+        int field = (int)((bits >> 23) & 0xff), shift = ilogb(values[low + 1] - values[low]) - ((field == 0 ? 1 : field) - 150);
+        uint64_t tail = (bits & 0x7fffff) | (field == 0 ? 0u : 0x800000u);
+        if (shift <= 31) { tail &= (1ull << shift) - 1; }
+        else { tail = shift < 62 ? tail >> (shift - 31) : 0; shift = 31; }
+        up = (tail + (uint64_t)(*random >> (32 - shift))) >> shift != 0;
+    }
+    return sign | (low + up);
+}
+
+// 2^e, e the greatest within ±126 for which amax·2^e is not beyond the format
+static float model_scale(DType t, double amax, float old) {
+    if (amax == 0.0) { return old; }
+    int e = ilogb(top_of_format(t)) - ilogb(amax) + 1;
+    while (ldexp(amax, e) > top_of_format(t)) { e--; }
+    return (float)ldexp(1.0, e > 126 ? 126 : e < -126 ? -126 : e);
+}
+static double amax_of(const std::vector<float>& x, size_t from, size_t to) {
+    double top = 0.0;
+    for (size_t i = from; i < to && i < x.size(); i++) { top = fmax(top, fabs((double)x[i])); }
+    return top;
+}
+
+struct ModelState {
+    DType dtype;
+    bool by_block;
+    std::vector<uint32_t> codes;
+    float slot[4];
+    std::vector<int> exponents;
+
+    void reset(DType t, bool block, size_t n) {
+        dtype = t;
+        by_block = block;
+        codes.assign(n, 0);
+        exponents.assign((n + 127) / 128, 0);
+        for (int k = 0; k < 4; k++) { slot[k] = k < 2 ? 1.0f : 0.0f; }
+    }
+    float value(size_t i) const {
+        float x = model_value(dtype, codes[i]);
+        return !is_scaled(dtype) ? x : by_block ? x * (float)ldexp(1.0, -exponents[i / 128]) : x * slot[0];
+    }
+    std::vector<float> values() const {
+        std::vector<float> x(codes.size());
+        for (size_t i = 0; i < x.size(); i++) { x[i] = value(i); }
+        return x;
+    }
+    void write(const std::vector<float>& x, bool stochastic, RandomKey key) {
+        size_t n = codes.size();
+        if (is_scaled(dtype) && by_block) {
+            for (size_t b = 0; b < exponents.size(); b++) {
+                exponents[b] = ilogb(model_scale(dtype, amax_of(x, 128 * b, 128 * b + 128), (float)ldexp(1.0, exponents[b])));
+            }
+        } else if (is_scaled(dtype)) {
+            slot[2] = slot[0];
+            slot[1] = model_scale(dtype, amax_of(x, 0, n), slot[1]);
+            slot[0] = 1.0f / slot[1];
+        }
+        for (size_t i = 0; i < n; i++) {
+            float scale = !is_scaled(dtype) ? 1.0f : by_block ? (float)ldexp(1.0, exponents[i / 128]) : slot[1];
+            uint32_t random = random_bits(key, i);
+            codes[i] = model_code(dtype, x[i] * scale, stochastic ? &random : NULL);
+        }
+    }
+};
+
+struct Formats {
+    DType master, m, v;
+    bool by_block;
+    Rounding master_rounding, moment_rounding;
+};
+struct NarrowSpec { size_t size; DType weight, grad; };
+
+struct ModelTensor {
+    NarrowSpec spec;
+    bool decay;
+    ModelState states[3];           // master, m, v
+    std::vector<uint32_t> weight;
+    float weight_slot[4];
+
+    // `amax`: what an FP8 weight's scale is made from
+    void cast_weight(double amax) {
+        float scale = 1.0f;
+        if (spec.weight == E4M3) {
+            scale = weight_slot[1] = model_scale(E4M3, amax, weight_slot[1]);
+            weight_slot[0] = 1.0f / scale;
+        }
+        for (size_t i = 0; i < spec.size; i++) { weight[i] = model_code(spec.weight, states[0].value(i) * scale, NULL); }
+    }
+};
+
+// The optimizer with states in these formats, next to the model of what it should hold. FP32 weights are the masters, as in the trainer.
+struct Narrow {
+    Formats f;
+    uint64_t seed;
+    ParamTable* table;
+    Memory memory;
+    Optimizer o;
+    float *slots, *loss;
+    std::vector<ModelTensor> want;
+    DecisionRules rules;
+    AdamRates rates;
+    float decay;
+    double beta1_power, beta2_power;
+    uint64_t updates;
+    bool modelled;                  // false: `want` does not follow, and nothing is compared
+
+    Narrow(const Formats& formats, const std::vector<NarrowSpec>& specs, uint64_t random_seed) : f(formats), seed(random_seed) {
+        table = new ParamTable();
+        memory = Memory{};
+        o = Optimizer{};
+        o.config = OptimizerConfig{f.by_block, f.master_rounding, f.moment_rounding, seed};
+        for (const NarrowSpec& s : specs) {
+            Param* p = param_add(table, "p", 0, 1, (int64_t)s.size, VECTOR, s.weight);
+            p->decay = table->count % 2 == 1;
+            p->master.dtype = f.master;
+            p->m.dtype = f.m;
+            p->v.dtype = f.v;
+            p->grad_dtype = s.grad;
+            ModelTensor t = {};
+            t.spec = s;
+            t.decay = p->decay;
+            t.weight.resize(s.size);
+            t.weight_slot[0] = t.weight_slot[1] = 1.0f;
+            want.push_back(t);
+        }
+        allocate();
+        memory_commit(&memory);
+        for (MemoryCategory c : {WEIGHTS, OPTIMIZER}) {  // nothing may rely on zeros that it did not write
+            std::vector<char> junk(memory.bytes[c], (char)0x9d);
+            copy_to_device(memory.block[c], junk.data(), junk.size(), NULL);
+        }
+        allocate();
+        memory_check(&memory);
+        reset();
+        for (int i = 0; i < table->count; i++) {
+            if (table->items[i].slot != NULL) { run_rows(ResetSlots{table->items[i].slot}, 1, NULL); }
+        }
+        rules = DecisionRules{(double)0.9f, (double)0.95f, 0.0f, 0.0f, 0.0f};
+        rates = AdamRates{1e-2f, 0.9f, 0.95f, 1e-8f, 0.0f};
+        decay = 0.1f;
+        modelled = true;
+    }
+    Narrow(const Narrow&) = delete;
+    Narrow& operator=(const Narrow&) = delete;
+    ~Narrow() {
+        finish();
+        memory_release(&memory);
+        delete table;
+    }
+    void allocate() {
+        bool masters = want[0].spec.weight == FP32;
+        float* flat = masters ? memory_take<float>(&memory, WEIGHTS, table->elements) : NULL;
+        slots = memory_take<float>(&memory, GRADIENTS, 4 * (size_t)table->count);
+        loss = memory_take<float>(&memory, GRADIENTS, 1);
+        for (int i = 0; i < table->count; i++) {
+            Param* p = &table->items[i];
+            if (masters) { p->weight = flat != NULL ? flat + p->offset : NULL; }
+            else { p->weight = memory_take(&memory, WEIGHTS, param_elements(p), (size_t)dtype_bytes(p->dtype)); }
+            if (is_fp8(p->dtype)) { p->slot = memory_take<float>(&memory, WEIGHTS, 4); }
+            p->grad = memory_take(&memory, GRADIENTS, param_elements(p), (size_t)dtype_bytes(p->grad_dtype));
+            p->grad_slot = memory.committed ? slots + 4 * i : NULL;
+        }
+        optimizer_allocate(&o, table, masters, flat, &memory);
+    }
+    void reset() {
+        optimizer_reset(&o, table, NULL);
+        beta1_power = beta2_power = 1.0;
+        updates = 0;
+        for (ModelTensor& t : want) {
+            t.states[0].reset(f.master, f.by_block, t.spec.size);
+            t.states[1].reset(f.m, f.by_block, t.spec.size);
+            t.states[2].reset(f.v, f.by_block, t.spec.size);
+        }
+    }
+    void put_codes(void* at, DType t, const std::vector<uint32_t>& codes) const {
+        std::vector<char> bytes(codes.size() * (size_t)dtype_bytes(t));
+        for (size_t k = 0; k < codes.size(); k++) { memcpy(&bytes[k * (size_t)dtype_bytes(t)], &codes[k], (size_t)dtype_bytes(t)); }
+        copy_to_device(at, bytes.data(), bytes.size(), NULL);
+    }
+    void set_masters(const std::vector<std::vector<float>>& x) {
+        for (size_t i = 0; i < want.size(); i++) {
+            optimizer_set_master(&table->items[i], x[i].data(), NULL);
+            ModelState& s = want[i].states[0];
+            s.reset(f.master, f.by_block, want[i].spec.size);
+            s.write(x[i], false, RandomKey{});
+        }
+        optimizer_cast_weights(&o, table, NULL);
+        for (ModelTensor& t : want) { t.cast_weight(amax_of(t.states[0].values(), 0, t.spec.size)); }
+        compare("after set_master");
+    }
+    // Gradients in their formats; those of FP8 with a descale that is no power of two and lets a few saturate
+    StepRecord step(const std::vector<std::vector<float>>& grads, float mean_loss, const char* when) {
+        std::vector<std::vector<float>> g(want.size());
+        std::vector<float> descales(want.size(), 1.0f);
+        double squares = 0.0;
+        for (size_t i = 0; i < want.size(); i++) {
+            DType t = want[i].spec.grad;
+            double amax = amax_of(grads[i], 0, grads[i].size());
+            if (is_fp8(t) && amax > 0.0) { descales[i] = (float)(0.83 * amax / top_of_format(t)); }
+            std::vector<uint32_t> codes;
+            for (float x : grads[i]) {
+                codes.push_back(model_code(t, x / descales[i], NULL));
+                g[i].push_back(model_value(t, codes.back()));
+                squares += (double)g[i].back() * (double)g[i].back() * (double)descales[i] * (double)descales[i];
+            }
+            put_codes(table->items[i].grad, t, codes);
+            const float slot[4] = {descales[i], 1.0f / descales[i], 0.0f, 0.0f};
+            copy_to_device(table->items[i].grad_slot, slot, sizeof(slot), NULL);
+        }
+        copy_to_device(loss, &mean_loss, sizeof(float), NULL);
+        optimizer_decide(&o, table, slots, loss, rules, NULL);
+        optimizer_update(&o, table, rates, decay, NULL);
+        finish();
+        OptimizerState state;
+        copy_to_host(&state, o.state, sizeof(state), NULL);
+        uint64_t number = updates++;
+        if (!modelled) { return state.record; }
+        bool skipped = !isfinite(mean_loss) || !isfinite(squares);
+        assert_int_equal(state.record.skipped != NOT_SKIPPED, skipped);
+        if (!skipped) {
+            expect_near(state.record.grad_norm, sqrt(squares), 1e-5 * sqrt(squares) + 1e-20, "%s: norm", when);  // added in floats
+            double limit = (double)rules.clip, norm = state.record.grad_norm;
+            float clip = limit > 0.0 && norm > limit ? (float)(limit / norm) : 1.0f;
+            beta1_power *= rules.beta1;
+            beta2_power *= rules.beta2;
+            for (size_t i = 0; i < want.size(); i++) { model_step(i, g[i], clip * descales[i], number); }
+        }
+        compare(when);
+        return state.record;
+    }
+    void model_step(size_t i, const std::vector<float>& codes, float factor, uint64_t number) {
+        ModelTensor& t = want[i];
+        const float c1 = (float)(1.0 / (1.0 - beta1_power)), c2 = (float)(1.0 / (1.0 - beta2_power));
+        const float decayed = t.decay ? decay : 0.0f;
+        std::vector<float> x[3] = {t.states[0].values(), t.states[1].values(), t.states[2].values()};
+        for (size_t k = 0; k < t.spec.size; k++) {
+            float g = codes[k] * factor, w = x[0][k];
+            float m1 = x[1][k] * rates.beta1 + g * (1.0f - rates.beta1);
+            float v1 = x[2][k] * rates.beta2 + (g * g) * (1.0f - rates.beta2);
+            x[0][k] = w - ((m1 * c1) / (sqrtf(v1 * c2) + rates.eps) + w * decayed) * rates.lr;
+            x[1][k] = m1;
+            x[2][k] = v1;
+        }
+        for (int s = 0; s < 3; s++) {
+            Rounding r = s == 0 ? f.master_rounding : f.moment_rounding;
+            t.states[s].write(x[s], r == STOCHASTIC, random_key(seed, number, (uint64_t)i << 2 | (uint64_t)(s + 1)));
+        }
+        t.cast_weight(amax_of(x[0], 0, t.spec.size));
+    }
+    [[noreturn]] void differs(const char* when, size_t i, const char* what, size_t k, uint32_t got, uint32_t should) const {
+        fail_msg("%s/%s/%s by %s, rounding %d %d, %s: %s of tensor %zu (%zu elements), [%zu] is %#x, should be %#x", dtype_names[f.master],
+                 dtype_names[f.m], dtype_names[f.v], f.by_block ? "block" : "tensor", (int)f.master_rounding, (int)f.moment_rounding, when, what,
+                 i, want[i].spec.size, k, got, should);
+        abort();
+    }
+    // `padded`: how many are compared; those beyond the tensor are 0
+    void compare_codes(const char* when, size_t i, const char* what, const void* at, DType t, const std::vector<uint32_t>& codes,
+                       size_t padded) const {
+        size_t bytes = (size_t)dtype_bytes(t);
+        std::vector<char> got = from_device<char>(at, padded * bytes);
+        for (size_t k = 0; k < padded; k++) {
+            uint32_t code = 0, should = k < codes.size() ? codes[k] : 0;
+            memcpy(&code, &got[k * bytes], bytes);
+            if (code != should) { differs(when, i, what, k, code, should); }
+        }
+    }
+    void compare_slot(const char* when, size_t i, const char* what, const float* at, const float* should) const {
+        std::vector<float> got = from_device<float>(at, 4);
+        for (size_t k = 0; k < 4; k++) {
+            uint32_t a = float_to_bits(got[k]), b = float_to_bits(should[k]);
+            if (a != b) { differs(when, i, what, k, a, b); }
+        }
+    }
+    void compare_states(const char* when) const {
+        static const char* const names[] = {"master", "m", "v"};
+        for (size_t i = 0; i < want.size(); i++) {
+            const Param* p = &table->items[i];
+            const OptimizerTensor* states[] = {&p->master, &p->m, &p->v};
+            for (int s = 0; s < 3; s++) {
+                const ModelState& should = want[i].states[s];
+                compare_codes(when, i, names[s], states[s]->data, should.dtype, should.codes, round_up(param_elements(p), PARAM_ALIGNMENT));
+                assert_int_equal(states[s]->slot != NULL, is_scaled(should.dtype) && !f.by_block);
+                assert_int_equal(states[s]->exponents != NULL, is_scaled(should.dtype) && f.by_block);
+                if (states[s]->slot != NULL) { compare_slot(when, i, names[s], states[s]->slot, should.slot); }
+                if (states[s]->exponents == NULL) { continue; }
+                std::vector<int8_t> got = from_device<int8_t>(states[s]->exponents, should.exponents.size());
+                for (size_t b = 0; b < got.size(); b++) {
+                    if (got[b] == should.exponents[b]) { continue; }
+                    differs(when, i, "exponents", b, (uint32_t)got[b], (uint32_t)should.exponents[b]);
+                }
+            }
+        }
+    }
+    void compare(const char* when) const {
+        if (!modelled) { return; }
+        compare_states(when);
+        for (size_t i = 0; i < want.size(); i++) {
+            const Param* p = &table->items[i];
+            compare_codes(when, i, "weight", p->weight, p->dtype, want[i].weight, param_elements(p));
+            if (p->dtype == E4M3) { compare_slot(when, i, "slot of the weight", p->slot, want[i].weight_slot); }
+        }
+    }
+    // one number for each element of each tensor: f(tensor, element)
+    template <class F> std::vector<std::vector<float>> filled(F value) const {
+        std::vector<std::vector<float>> x;
+        for (size_t i = 0; i < want.size(); i++) {
+            x.push_back(std::vector<float>(want[i].spec.size));
+            for (size_t k = 0; k < x[i].size(); k++) { x[i][k] = value(i, k); }
+        }
+        return x;
+    }
+    // the bytes of weights and states, what lies between them too
+    std::vector<char> everything() const {
+        std::vector<char> all = from_device<char>(memory.block[WEIGHTS], memory.bytes[WEIGHTS]);
+        for (int i = 0; i < table->count; i++) {
+            const Param* p = &table->items[i];
+            size_t n = round_up(param_elements(p), PARAM_ALIGNMENT);
+            for (const OptimizerTensor* t : {&p->master, &p->m, &p->v}) {
+                std::vector<char> x = from_device<char>(t->data, n * (size_t)dtype_bytes(t->dtype));
+                if (t->slot != NULL) {
+                    std::vector<char> s = from_device<char>(t->slot, 16);
+                    x.insert(x.end(), s.begin(), s.end());
+                }
+                if (t->exponents != NULL) {
+                    std::vector<char> e = from_device<char>(t->exponents, ceil_div(n, (size_t)STATE_BLOCK));
+                    x.insert(x.end(), e.begin(), e.end());
+                }
+                all.insert(all.end(), x.begin(), x.end());
+            }
+        }
+        return all;
+    }
+    // a state as the trainer would read it, decoded here
+    std::vector<float> decoded(size_t i, OptimizerTensor Param::* kind) const {
+        const OptimizerTensor* t = &(table->items[i].*kind);
+        size_t n = want[i].spec.size, bytes = (size_t)dtype_bytes(t->dtype);
+        std::vector<char> data = from_device<char>(t->data, n * bytes);
+        std::vector<int8_t> exponents(n / 128 + 1, 0);
+        if (t->exponents != NULL) { exponents = from_device<int8_t>(t->exponents, (n + 127) / 128); }
+        float descale = t->slot != NULL ? from_device<float>(t->slot, 4)[0] : 1.0f;
+        std::vector<float> x(n);
+        for (size_t k = 0; k < n; k++) {
+            uint32_t code = 0;
+            memcpy(&code, &data[k * bytes], bytes);
+            x[k] = (float)ldexp((double)model_value(t->dtype, code) * (double)descale, -exponents[k / 128]);
+        }
+        return x;
+    }
+};
+
+static const DType ALL_FORMATS[] = {FP32, BF16, FP16, E4M3, E5M2};
+
+// Gradients of every size, zeros, and sizes so small that their squares are subnormal: v's codes become zeros, whose scale stays.
+// Blocks differ; in one of the kinds of step some are zero.
+static float awkward_gradient(size_t t, size_t i, size_t k) {
+    static const double sizes[] = {1e-3, 1e5, 1e-3, 0.0, 1e-12, 0.1, 1e-3, 1e-20, 0.0, 1e-30};
+    size_t kind = t % 10, block = (k / 128 + i) % 5;
+    if (sizes[kind] == 0.0 || (kind == 6 && block % 2 == 0)) { return 0.0f; }
+    return (float)(normal() * sizes[kind] * ldexp(1.0, 5 * (int)block - 10));
+}
+
+// `phase`: where in the row of gradients it begins; it also picks clipping, masters of zero and a skipped step
+static void follow_the_model(const Formats& f, const std::vector<NarrowSpec>& specs, int steps, size_t phase) {
+    Narrow a(f, specs, 1000 + phase);
+    a.rules.clip = phase % 3 == 1 ? 0.7f : 0.0f;
+    a.set_masters(a.filled([=](size_t i, size_t k) {
+        return phase % 4 == 3 && (i == 0 || k / 128 % 2 == 1) ? 0.0f : (float)(0.05 * normal() * ldexp(1.0, 3 * (int)(k / 128 % 3)));
+    }));
+    for (int t = 0; t < steps; t++) {
+        char when[32];
+        snprintf(when, sizeof(when), "step %d of %d, phase %zu", t, steps, phase);
+        auto g = a.filled([=](size_t i, size_t k) { return awkward_gradient((size_t)t + phase, i, k); });
+        a.step(g, t % 7 == 4 && phase % 2 == 1 ? NAN : 1.0f, when);
+    }
+    a.reset();
+    a.compare_states("after a reset");
+}
+
+template <class F> static void each_combination(F f) {
+    size_t number = 0;
+    for (DType master : ALL_FORMATS) {
+        for (DType m : ALL_FORMATS) {
+            for (DType v : ALL_FORMATS) {
+                bool scaled = is_scaled(master) || is_scaled(m) || is_scaled(v);
+                bool rounded = scaled || master == BF16 || m == BF16 || v == BF16;
+                for (int mode = 0; mode < 4; mode++) {
+                    bool by_block = mode >= 2, stochastic = mode % 2 == 1;
+                    if ((by_block && !scaled) || (stochastic && !rounded)) { continue; }
+                    Rounding r = stochastic ? STOCHASTIC : NEAREST;
+                    f(Formats{master, m, v, by_block, r, r}, number++);
+                }
+            }
+        }
+    }
+}
+
+static void states_in_every_format_are_those_of_the_model(void**) {
+    const std::vector<NarrowSpec> small[] = {{{129, E4M3, FP32}, {1, BF16, BF16}, {127, BF16, E4M3}},
+                                             {{1, E4M3, E5M2}, {128, BF16, FP32}, {129, E4M3, BF16}},
+                                             {{127, E4M3, E4M3}, {260, BF16, E5M2}, {1, E4M3, FP32}}};
+    each_combination([&](const Formats& f, size_t number) { follow_the_model(f, small[number % 3], 11, number + number / 4); });
+}
+
+static void tensors_of_more_than_a_piece_are_those_of_the_model(void**) {
+    const size_t sizes[] = {4095, 4096, 4097, 5000};
+    const DType grads[] = {FP32, BF16, E4M3};
+    each_combination([&](const Formats& f, size_t number) {
+        size_t mixed = number + number / 4;  // number % 4 is mostly the way of scaling and rounding
+        follow_the_model(f, {{sizes[mixed % 4], mixed / 2 % 2 == 0 ? E4M3 : BF16, grads[number % 3]}}, 2, number / 4 % 2 == 0 ? 0 : 5);
+    });
+}
+
+static void two_hundred_steps_are_those_of_the_model(void**) {
+    const DType picks[][3] = {{FP16, E4M3, FP16}, {FP16, E4M3, E4M3}, {E4M3, E5M2, E4M3},
+                              {FP32, E4M3, E5M2}, {BF16, BF16, BF16}, {E5M2, FP32, FP16}};
+    const Rounding ways[][2] = {{NEAREST, NEAREST}, {STOCHASTIC, STOCHASTIC}, {STOCHASTIC, NEAREST}, {NEAREST, STOCHASTIC}};
+    size_t number = 0;
+    for (const DType* p : picks) {
+        for (bool by_block : {false, true}) {
+            for (const Rounding* r : ways) {
+                Formats f = {p[0], p[1], p[2], by_block, r[0], r[1]};
+                follow_the_model(f, {{129, E4M3, BF16}, {1, E4M3, FP32}, {130, BF16, E4M3}}, 200, number + number / 4);
+                number++;
+            }
+        }
+    }
+    for (bool by_block : {false, true}) {
+        Formats f = {FP16, E4M3, FP16, by_block, STOCHASTIC, NEAREST};
+        follow_the_model(f, {{5000, E4M3, E4M3}, {4097, BF16, BF16}}, 30, 0);
+    }
+}
+
+// FP32 weights are the masters: nothing is written twice, and only the moments have formats.
+static void weights_that_are_masters_follow_the_model_too(void**) {
+    size_t number = 0;
+    for (DType m : ALL_FORMATS) {
+        for (DType v : ALL_FORMATS) {
+            for (bool by_block : {false, true}) {
+                Formats f = {FP32, m, v, by_block, STOCHASTIC, STOCHASTIC};
+                follow_the_model(f, {{129, FP32, FP32}, {4097, FP32, BF16}}, 3, number++);
+            }
+        }
+    }
+}
+
+// ---- states in few bits: what they are good for ----
+
+// |w - w64| / |w64 - w0| after 50 steps of gradients that have a mean and noise; w64: AdamW in float64. Of four blocks each has gradients smaller by
+// 2^spread than the one before.
+static double distance_from_float64(const Formats& f, int spread) {
+    random_state = 99;
+    Narrow a(f, {{3000, BF16, FP32}}, 5);
+    a.modelled = false;
+    a.rates.lr = 1e-3f;
+    auto start = a.filled([](size_t, size_t) { return (float)(0.05 * normal()); });
+    auto mean = a.filled([](size_t, size_t) { return (float)(1e-3 * normal()); });
+    a.set_masters(start);
+    std::vector<double> w(start[0].begin(), start[0].end()), m(w.size(), 0.0), v(w.size(), 0.0);
+    double b1 = 1.0, b2 = 1.0;
+    for (int t = 0; t < 50; t++) {
+        auto g = a.filled([&](size_t, size_t k) {
+            return (mean[0][k] + (float)(1e-3 * normal())) * (float)ldexp(1.0, -spread * (int)(k / 128 % 4));
+        });
+        a.step(g, 1.0f, "");
+        b1 *= a.rules.beta1;
+        b2 *= a.rules.beta2;
+        for (size_t k = 0; k < w.size(); k++) {
+            double x = (double)g[0][k];
+            m[k] = m[k] * a.rules.beta1 + x * (1.0 - a.rules.beta1);
+            v[k] = v[k] * a.rules.beta2 + x * x * (1.0 - a.rules.beta2);
+            w[k] -= 1e-3 * ((m[k] / (1.0 - b1)) / (sqrt(v[k] / (1.0 - b2)) + 1e-8) + 0.1 * w[k]);
+        }
+    }
+    std::vector<float> got = a.decoded(0, &Param::master);
+    double apart = 0.0, moved = 0.0;
+    for (size_t k = 0; k < w.size(); k++) {
+        apart += ((double)got[k] - w[k]) * ((double)got[k] - w[k]);
+        moved += (w[k] - (double)start[0][k]) * (w[k] - (double)start[0][k]);
+    }
+    return sqrt(apart / moved);
+}
+
+static void narrow_states_stay_near_float64_and_fp8_masters_do_not(void**) {
+    const struct { DType master, m, v; bool by_block; Rounding rounding; int spread; double least, most; } cases[] = {
+        {FP32, FP32, FP32, false, NEAREST, 0, 0.0, 1e-5},
+        {FP32, FP32, FP16, false, NEAREST, 0, 0.0, 3e-4},
+        {FP16, FP32, FP32, false, NEAREST, 0, 0.0, 5e-3},
+        {FP16, E4M3, FP16, false, NEAREST, 0, 0.0, 0.04},
+        {FP16, E4M3, FP16, true, NEAREST, 0, 0.0, 0.04},
+        {FP16, E4M3, FP16, false, STOCHASTIC, 0, 0.0, 0.04},
+        {E4M3, E4M3, FP16, false, NEAREST, 0, 0.5, 1.2},      // stands still
+        {E4M3, E4M3, FP16, true, STOCHASTIC, 0, 0.15, 0.5},   // moves, by units that are too large
+        {FP16, E4M3, E4M3, true, NEAREST, 4, 0.0, 0.06},      // blocks have the scales that they need
+        {FP16, E4M3, E4M3, false, NEAREST, 4, 1.0, 1e9},      // v of the smaller ones is 0
+    };
+    for (auto c : cases) {
+        double d = distance_from_float64(Formats{c.master, c.m, c.v, c.by_block, c.rounding, NEAREST}, c.spread);
+        if (d < c.least || d > c.most) {
+            fail_msg("%s/%s/%s by %s, spread %d: %.5f from float64", dtype_names[c.master], dtype_names[c.m], dtype_names[c.v],
+                     c.by_block ? "block" : "tensor", c.spread, d);
+        }
+    }
+}
+
+// Weight decay alone moves every master by less than a quarter of its unit in a step. To the nearest they all stand still; stochastically each goes
+// to one of its neighbours, and the sum of what that adds is 0 within four standard deviations.
+static void stochastic_masters_are_unbiased(void**) {
+    const struct { DType dtype; float lr; } cases[] = {{BF16, 5e-3f}, {FP16, 6e-4f}, {E4M3, 8e-2f}, {E5M2, 1.6e-1f}};
+    for (auto c : cases) {
+        for (bool by_block : {false, true}) {
+            for (uint64_t seed = 1; seed <= 3; seed++) {
+                Narrow a(Formats{c.dtype, FP32, FP32, by_block, STOCHASTIC, NEAREST}, {{20000, BF16, FP32}}, seed);
+                Narrow still(Formats{c.dtype, FP32, FP32, by_block, NEAREST, NEAREST}, {{20000, BF16, FP32}}, seed);
+                auto start = a.filled([](size_t, size_t k) { return (float)((k % 2 == 0 ? 1.0 : -1.0) * uniform(0.51, 1.74)); });
+                auto zeros = a.filled([](size_t, size_t) { return 0.0f; });
+                for (Narrow* n : {&a, &still}) {
+                    n->modelled = false;
+                    n->rates.lr = c.lr;
+                    n->set_masters(start);
+                }
+                std::vector<float> w0 = a.decoded(0, &Param::master);
+                a.step(zeros, 1.0f, "");
+                still.step(zeros, 1.0f, "");
+                assert_true(still.decoded(0, &Param::master) == w0);
+                std::vector<float> w1 = a.decoded(0, &Param::master);
+                double sum = 0.0, variance = 0.0;
+                size_t moved = 0;
+                for (size_t k = 0; k < w0.size(); k++) {
+                    float exact = w0[k] - (w0[k] * 0.1f) * c.lr;
+                    int man = c.dtype == BF16 ? 7 : c.dtype == FP16 ? 10 : c.dtype == E4M3 ? 3 : 2;
+                    // below a power of two the unit is half as large
+                    int e = ilogb((double)exact);
+                    double unit = ldexp(1.0, e - man), low = floor(fabs((double)exact) / unit) * unit, p = (fabs((double)exact) - low) / unit;
+                    double error = fabs((double)w1[k]) - fabs((double)exact);
+                    assert_true(fabs((double)w1[k]) == low || fabs((double)w1[k]) == low + unit);
+                    sum += error;
+                    variance += unit * unit * p * (1.0 - p);
+                    moved += w1[k] != w0[k];
+                }
+                if (fabs(sum) > 4.0 * sqrt(variance)) { fail_msg("%s: off by %.2f σ", dtype_names[c.dtype], sum / sqrt(variance)); }
+                assert_true(moved > 500 && moved < 15000);
+            }
+        }
+    }
+}
+
+static void random_bits_do_not_depend_on_threads_and_do_on_the_seed(void**) {
+    for (bool by_block : {false, true}) {
+        std::vector<char> after[3];
+        for (int run = 0; run < 3; run++) {
+            random_state = 31;
+            Formats f = {FP16, E4M3, E5M2, by_block, STOCHASTIC, STOCHASTIC};
+            Narrow a(f, {{20001, E4M3, BF16}, {129, BF16, FP32}}, run == 2 ? 8 : 7);
+            a.modelled = false;
+            with_threads(run == 1 ? 2 : 1, [&] {
+                a.set_masters(a.filled([](size_t, size_t) { return (float)(0.05 * normal()); }));
+                for (int t = 0; t < 3; t++) { a.step(a.filled([](size_t, size_t) { return (float)normal(); }), 1.0f, ""); }
+            });
+            after[run] = a.everything();
+        }
+        assert_true(after[0] == after[1]);
+        assert_true(after[0] != after[2]);
+    }
+}
+
+// Bit for bit, what lies beyond the tensors' ends too; and the steps after it are those of the model, whose random bits count skipped steps.
+static void a_skipped_step_leaves_narrow_states_alone(void**) {
+    each_combination([&](const Formats& f, size_t number) {
+        if (number % 3 != 0) { return; }
+        Narrow a(f, {{129, E4M3, FP32}, {200, BF16, BF16}}, number);
+        a.set_masters(a.filled([](size_t, size_t) { return (float)(0.05 * normal()); }));
+        for (int t = 0; t < 4; t++) {
+            auto g = a.filled([](size_t, size_t) { return (float)normal(); }), bad = g;
+            a.step(g, 1.0f, "before");
+            std::vector<char> before = a.everything();
+            bad[(size_t)t % 2][100] = t < 2 ? NAN : INFINITY;
+            assert_int_equal(a.step(g, t % 2 == 0 ? NAN : -INFINITY, "loss").skipped, SKIP_NON_FINITE_LOSS);
+            assert_true(a.everything() == before);
+            assert_int_equal(a.step(bad, 1.0f, "gradient").skipped, SKIP_NON_FINITE_NORM);
+            assert_true(a.everything() == before);
+        }
+    });
+}
+
+// Also over states that are there already: neither the old codes nor the old scales matter.
+static void set_masters_are_the_nearest_codes_and_weights_follow(void**) {
+    for (DType master : ALL_FORMATS) {
+        for (bool by_block : {false, true}) {
+            Narrow a(Formats{master, FP32, E4M3, by_block, STOCHASTIC, STOCHASTIC},
+                     {{1, E4M3, FP32}, {127, BF16, FP32}, {128, E4M3, FP32}, {129, E4M3, FP32}, {4097, BF16, FP32}, {5000, E4M3, FP32}}, 3);
+            for (double size : {1.0, 1e-9, 0.0, 1e-40, 1e30, 0.02}) {
+                a.set_masters(a.filled([=](size_t i, size_t k) {
+                    return k / 128 % 3 == 2 ? 0.0f : (float)(normal() * size * (double)(i + 1) * (double)(k / 128 + 1));
+                }));
+                a.set_masters(a.filled([=](size_t, size_t k) {  // with ties, where the size is a power of two
+                    return (float)(size * (k == 0 ? 1.75 : 1.0 + ldexp((double)(k % 257), -8)));
+                }));
+                if (size > 0.5) { a.step(a.filled([](size_t, size_t) { return (float)normal(); }), 1.0f, "a step after"); }
+            }
+        }
+    }
+}
+
+// A tensor or block without a value other than 0 says nothing of a scale.
+static void a_state_of_zeros_keeps_its_scale(void**) {
+    for (DType t : {FP16, E4M3, E5M2}) {
+        for (bool by_block : {false, true}) {
+            Narrow a(Formats{t, t, t, by_block, STOCHASTIC, NEAREST}, {{200, BF16, FP32}}, 3);
+            auto zeros = a.filled([](size_t, size_t) { return 0.0f; });
+            a.set_masters(zeros);
+            OptimizerTensor* states[] = {&a.table->items[0].master, &a.table->items[0].m, &a.table->items[0].v};
+            for (int s = 0; s < 3; s++) {
+                ModelState* want = &a.want[0].states[s];
+                const float slot[] = {0x1p-9f, 0x1p9f, 0x1p3f, 0.0f};
+                const int8_t exponents[] = {-126, (int8_t)(100 + s)};
+                if (by_block) { copy_to_device(states[s]->exponents, exponents, 2, NULL); }
+                else { copy_to_device(states[s]->slot, slot, 16, NULL); }
+                want->exponents = {exponents[0], exponents[1]};
+                memcpy(want->slot, slot, sizeof(slot));
+            }
+            a.step(zeros, 1.0f, "zeros");
+            a.step(zeros, 1.0f, "zeros again");
+            auto one = zeros;
+            one[0][130] = 3e-3f;
+            a.step(one, 1.0f, "one value in the second block");
+        }
+    }
+}
+
+// By hand: a: 163,713 elements, kept as 163,776 (1279.5 blocks, 40 pieces); b: 10 as 64 (half a block, 1 piece). Together 163,840 and 1281 exponents.
+static void memory_of_narrow_states_is_as_documented(void**) {
+    for (bool by_block : {false, true}) {
+        for (bool masters : {false, true}) {
+            ParamTable* table = new ParamTable();
+            for (int64_t rows : {3, 1}) {
+                Param* p = param_add(table, "p", 0, rows, rows == 3 ? 54571 : 10, MATRIX, masters ? FP32 : E4M3);
+                p->master.dtype = masters ? FP32 : FP16;
+                p->m.dtype = E4M3;
+                p->v.dtype = FP16;
+            }
+            Memory m = {};
+            Optimizer o = {};
+            o.config.by_block = by_block;
+            optimizer_allocate(&o, table, masters, NULL, &m);
+            const size_t scales = by_block ? 1536 : 256, in_16_bits = 327680, in_8_bits = 163840;  // each a multiple of 256
+            size_t want = round_up(sizeof(OptimizerState), (size_t)256) + 6 * 256 + in_8_bits + in_16_bits + 2 * scales;
+            want += masters ? 0 : in_16_bits + scales;
+            assert_int_equal(m.bytes[OPTIMIZER], want);
+            assert_int_equal(memory_total(&m), want);
+            delete table;
+        }
     }
 }
 
@@ -597,6 +1294,17 @@ int main(void) {
         cmocka_unit_test(values_that_do_not_vary_are_no_outliers),
         cmocka_unit_test(gradients_in_bf16_e4m3_and_e5m2_are_read_as_they_are),
         cmocka_unit_test(memory_is_as_documented),
+        cmocka_unit_test(states_in_every_format_are_those_of_the_model),
+        cmocka_unit_test(tensors_of_more_than_a_piece_are_those_of_the_model),
+        cmocka_unit_test(two_hundred_steps_are_those_of_the_model),
+        cmocka_unit_test(weights_that_are_masters_follow_the_model_too),
+        cmocka_unit_test(narrow_states_stay_near_float64_and_fp8_masters_do_not),
+        cmocka_unit_test(stochastic_masters_are_unbiased),
+        cmocka_unit_test(random_bits_do_not_depend_on_threads_and_do_on_the_seed),
+        cmocka_unit_test(a_skipped_step_leaves_narrow_states_alone),
+        cmocka_unit_test(set_masters_are_the_nearest_codes_and_weights_follow),
+        cmocka_unit_test(a_state_of_zeros_keeps_its_scale),
+        cmocka_unit_test(memory_of_narrow_states_is_as_documented),
     };
     return RUN_TESTS(tests);
 }

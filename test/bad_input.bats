@@ -122,6 +122,13 @@ EOT
 --grad-reduce tree | --grad-reduce: 'tree'*ring*direct*
 --grad-accum-dtype e5m2 | --grad-accum-dtype: 'e5m2'*fp32*bf16*e4m3*
 --grad-accum-rounding up | --grad-accum-rounding: 'up'*nearest*stochastic*
+--master-dtype int8 | --master-dtype: 'int8'*fp32*bf16*fp16*e4m3*e5m2*
+--m-dtype fp64 | --m-dtype: 'fp64'*fp32*e5m2*
+--v-dtype 8 | --v-dtype: '8'*fp32*e5m2*
+--opt-block 129 | --opt-block: '129' is out of range*
+--opt-block -1 | --opt-block: '-1' is out of range*
+--master-rounding down | --master-rounding: 'down'*nearest*stochastic*
+--moment-rounding 1 | --moment-rounding: '1'*nearest*stochastic*
 --recipe fp4 | --recipe: 'fp4'*fp8*bf16*
 --lr-schedule step | --lr-schedule: 'step'*cosine*wsd*
 --position sine | --position: 'sine'*rope*learned*
@@ -154,6 +161,12 @@ EOT
 --recipe fp8-lm --grad-dtype bf16 --grad-accum-dtype e4m3 | --grad-accum-dtype e4m3*narrower than --grad-dtype bf16*
 --recipe bf16 --grad-accum-rounding nearest | --grad-accum-rounding*fp32*
 --log-tensors | --log-tensors*1 rank*
+--opt-block 64 --m-dtype e4m3 | --opt-block: 64 is not allowed; allowed: 128*0*
+--opt-block 128 | --opt-block 128*fp32 or bf16*no scales*
+--opt-block 128 --master-dtype bf16 | --opt-block 128*fp32 or bf16*no scales*
+--master-rounding stochastic | --master-rounding*fp32*--master-dtype*
+--moment-rounding stochastic --master-dtype bf16 | --moment-rounding*fp32*--m-dtype*--v-dtype*
+--recipe fp32 --master-dtype bf16 | --master-dtype bf16*recipe fp32*
 --recipe fp8-lm --fp8-fwd e5m2 | --fp8-fwd e5m2*--fp8-bwd e5m2*
 --bf16-layers first:1,last:2 | --bf16-layers: first:1,last:2*2 layers*
 --val-data text.txt --val-split 0.1 | --val-split: 0.1*--val-data*
@@ -268,7 +281,8 @@ EOT
     [ -z "$stderr" ]
     for flag in train-data val-data val-split init layers heads width vocab position tie-embeddings micro-batch seq-len global-batch steps \
         overfit-batch lr warmup min-lr-frac lr-schedule weight-decay clip beta1 beta2 eps skip-loss-z skip-grad-z recipe fp8-scaling \
-        fp8-fwd fp8-bwd bf16-layers grad-dtype grad-reduce grad-scaling grad-accum-dtype grad-accum-rounding recompute output-dir log-tensors val-every val-batches sample-every sample-len profile seed staged; do
+        fp8-fwd fp8-bwd bf16-layers grad-dtype grad-reduce grad-scaling grad-accum-dtype grad-accum-rounding \
+        master-dtype m-dtype v-dtype opt-block master-rounding moment-rounding recompute output-dir log-tensors val-every val-batches sample-every sample-len profile seed staged; do
         grep -qE -- "^ .* --$flag( |\$)" <<< "$output" || { echo "--$flag is missing"; return 1; }
     done
     awk 'length($0) > 110 { print "too long: " $0; bad = 1 } END { exit bad }' <<< "$output"

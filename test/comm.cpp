@@ -272,7 +272,7 @@ struct Trial {
         reduction_plan(&r, g, table, config);
         for (int run = 0; run < 2; run++) {
             reduction_allocate(&r, &memory);
-            optimizer_allocate(&optimizer, table, false, &memory);
+            optimizer_allocate(&optimizer, table, false, NULL, &memory);
             loss = memory_take<float>(&memory, WORKSPACE, 1);
             if (run == 0) { memory_commit(&memory); }
         }

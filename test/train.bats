@@ -293,6 +293,32 @@ RUNS
     done
 }
 
+@test "optimizer states in few bits train, and take the memory that they should" {
+    local dir flags bytes_p bytes_e P=98304 E=16384 vectors=1792 # elements of matrices, embeddings and vectors; the last stay in FP32
+    while read -r dir bytes_p bytes_e flags; do
+        train $dir --steps 40 --lr 3e-3 $flags
+        holds 'b < a - 2' a="$(first loss $dir)" b="$(last loss $dir)" || { echo "does not learn: $dir"; return 1; }
+        holds 'x >= least && x < 1.04 * least' x="$(memory_of $dir optimizer)" least=$((bytes_p * P + bytes_e * E + 12 * vectors)) || { echo "memory of $dir"; return 1; }
+    done <<'RUNS'
+wide 12 12
+lm 5 12 --recipe fp8-lm
+paper 5 5 --master-dtype fp16 --m-dtype e4m3 --v-dtype fp16
+blocks 5 5 --master-dtype fp16 --m-dtype e4m3 --v-dtype fp16 --opt-block 128
+less 4 4 --master-dtype fp16 --m-dtype e4m3 --v-dtype e5m2 --opt-block 128 --master-rounding stochastic --moment-rounding stochastic
+half 6 6 --master-dtype bf16 --m-dtype bf16 --v-dtype bf16 --master-rounding stochastic
+narrow 10 12 --recipe bf16 --master-dtype fp16
+RUNS
+    local run
+    for run in lm paper blocks less half; do
+        different_column loss wide $run
+        holds 'b < 1.1 * a' a="$(mean_of_last_10 loss wide)" b="$(mean_of_last_10 loss $run)" || { echo "$run is far from FP32 states"; return 1; }
+    done
+    different_column loss paper blocks
+    # the same seed gives the same random bits, whatever the threads
+    OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive train again --steps 40 --lr 3e-3 --master-dtype bf16 --m-dtype bf16 --v-dtype bf16 --master-rounding stochastic
+    holds 'a - b < 0.02 && b - a < 0.02' a="$(last loss half)" b="$(last loss again)"
+}
+
 # ---- what it prints ----
 
 @test "the memory table is log.jsonl's mem, of every step and every run" {

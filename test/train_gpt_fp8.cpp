@@ -69,6 +69,9 @@ static double loss_of(TestModel* t) {  // mean over the batch that was last uplo
 
 static void use_masters(TestModel* t) { optimizer_cast_weights(&t->model.optimizer, &t->model.params, t->model.stream); }
 
+// In FP32 the masters of all tensors lie in one array, at Param.offset
+static float* masters(const Model* m) { return (float*)m->params.items[0].master.data; }
+
 // In FP32 and on one rank a gradient is its accumulator
 static const float* gradient_of(const Param* p) {
     assert_int_equal(p->grad_dtype, FP32);
@@ -94,8 +97,8 @@ static TestModel* open_golden(const Golden* g, int recompute, int* V) {
         Param* p = &m->params.items[i];
         const GoldenTensor* values = golden_find(*g, p->name);
         assert_int_equal((int64_t)values->count, p->valid_rows * p->cols);
-        device_zero(m->optimizer.master + p->offset, param_elements(p) * sizeof(float), m->stream);
-        copy_to_device(m->optimizer.master + p->offset, values->floats, (size_t)values->count * sizeof(float), m->stream);
+        device_zero(masters(m) + p->offset, param_elements(p) * sizeof(float), m->stream);
+        copy_to_device(masters(m) + p->offset, values->floats, (size_t)values->count * sizeof(float), m->stream);
     }
     memcpy(t->batch.tokens, golden_find(*g, "tokens")->ints, (size_t)rows_of(m) * sizeof(int32_t));
     memcpy(t->batch.targets, golden_find(*g, "targets")->ints, (size_t)rows_of(m) * sizeof(int32_t));
@@ -192,7 +195,7 @@ static void gradients_are_directional_derivatives(void** state) {
         for (int i = 0; i < m->params.count; i++) {  // far from the initial values, where every path carries a gradient
             Param* p = &m->params.items[i];
             for (int64_t k = 0; k < p->valid_rows * p->cols; k++) {
-                m->optimizer.master[p->offset + (size_t)k] = (float)((p->init_value > 0.0f ? 1.0 : 0.0) + 0.25 * random_normal(&at));
+                masters(m)[p->offset + (size_t)k] = (float)((p->init_value > 0.0f ? 1.0 : 0.0) + 0.25 * random_normal(&at));
             }
         }
         for (int i = 0; i < rows; i++) {
@@ -203,7 +206,7 @@ static void gradients_are_directional_derivatives(void** state) {
         for (int i = 0; i < m->params.count; i++) {
             Param* p = &m->params.items[i];
             size_t n = (size_t)(p->valid_rows * p->cols);
-            float* w = m->optimizer.master + p->offset;
+            float* w = masters(m) + p->offset;
             const float* g = gradient_of(p);
             float* kept = (float*)host_alloc(n * sizeof(float));
             double* d = (double*)host_alloc(n * sizeof(double));
@@ -309,7 +312,7 @@ static void fp8_matmuls_take_fp8_codes(void** state) {
             const Param* p = &m->params.items[i];
             if (p->format_class != MATRIX) { continue; }
             assert_int_equal(p->dtype, E4M3);
-            const float* master = m->optimizer.master + p->offset;
+            const float* master = masters(m) + p->offset;
             float descale = p->slot[0], scale = p->slot[1], amax = 0.0f;
             assert_true(descale * scale == 1.0f && (float_to_bits(scale) & 0x7fffffu) == 0);
             for (size_t k = 0; k < param_elements(p); k++) {
@@ -355,7 +358,7 @@ static void fp8_matmuls_take_fp8_codes(void** state) {
 static TestModel* model_with(const TestModel* from, GptConfig c, bool coarse) {
     TestModel* t = open_model(c);
     Model* m = &t->model;
-    memcpy(m->optimizer.master, from->model.optimizer.master, m->params.elements * sizeof(float));
+    memcpy(masters(m), masters(&from->model), m->params.elements * sizeof(float));
     use_masters(t);
     for (int i = 0; i < m->params.count && coarse; i++) {
         const Param* p = &m->params.items[i];
@@ -455,11 +458,11 @@ static void recompute_changes_no_bit(void** state) {
             size_t bytes = m->params.elements * sizeof(float);
             if (recompute == 0) {
                 first = (float*)host_alloc(bytes);
-                memcpy(first, m->optimizer.master, bytes);
+                memcpy(first, masters(m), bytes);
             }
             for (int i = 0; i < m->params.count; i++) {
                 const Param* p = &m->params.items[i];
-                if (memcmp(first + p->offset, m->optimizer.master + p->offset, param_elements(p) * sizeof(float)) != 0) {
+                if (memcmp(first + p->offset, masters(m) + p->offset, param_elements(p) * sizeof(float)) != 0) {
                     fail_msg("mode %d, recompute %d: %s differs", mode, recompute, p->name);
                 }
             }
@@ -491,9 +494,9 @@ static void evaluation_leaves_no_trace(void** state) {
         size_t bytes = m->params.elements * sizeof(float);
         if (!evaluated) {
             plain = (float*)host_alloc(bytes);
-            memcpy(plain, m->optimizer.master, bytes);
+            memcpy(plain, masters(m), bytes);
         }
-        assert_memory_equal(plain, m->optimizer.master, bytes);
+        assert_memory_equal(plain, masters(m), bytes);
         close_model(t);
     }
     free(plain);
@@ -598,9 +601,9 @@ static void a_non_finite_step_leaves_no_trace(void** state) {
     size_t n = m->params.elements, history = (size_t)m->sites.count * AMAX_WINDOW;
     float* kept = (float*)host_alloc((3 * n + history) * sizeof(float));
     auto snapshot = [&](float* into) {
-        memcpy(into, m->optimizer.master, n * sizeof(float));
-        memcpy(into + n, m->optimizer.m, n * sizeof(float));
-        memcpy(into + 2 * n, m->optimizer.v, n * sizeof(float));
+        memcpy(into, masters(m), n * sizeof(float));
+        memcpy(into + n, (char*)m->params.items[0].m.data, n * sizeof(float));
+        memcpy(into + 2 * n, (char*)m->params.items[0].v.data, n * sizeof(float));
         memcpy(into + 3 * n, m->sites.slots, (size_t)m->sites.count * 4 * sizeof(float));
     };
     memset(kept, 0, (3 * n + history) * sizeof(float));

@@ -1,0 +1,174 @@
+#!/usr/bin/env bash
+# exp2_decoupling.sh: experiment 2: how few bits AdamW's master weights and moments may have, each by itself (the paper's Table 6 and Fig. 8).
+#
+# Trains one small GPT with each row of formats and several seeds, everything else being the same: recipe fp8. Reports the mean loss of the last 20 steps
+# and the spread over seeds, and says of each claim whether it held: a difference counts where it is larger than the two spreads together.
+#
+#   scripts/exp2_decoupling.sh [--quick]    about 15 minutes on two cores; --quick (or QUICK=1) seconds, to see that it works
+#   DATA=FILE OUT=runs/exp2                 own text; where to write: exp2.csv, exp2.png, table.txt, verdict.txt (a line a claim), and each run's log
+#   SEEDS="1 2 3" STEPS=400 ROWS="#0 #2a"   seeds go round by round, so that every row has as many
+#   LAYERS HEADS WIDTH SEQ_LEN MICRO_BATCH LR WARMUP          of the model and its training
+#   BUDGET=30                               minutes: what would not end within them is not started, and that is said
+#
+# The status is 0 where everything that was started ran, whatever the verdicts: a contradiction is a result.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export LC_ALL=C
+
+fail() {
+    printf 'exp2_decoupling.sh: %s\n' "$*" >&2
+    exit 2
+}
+
+for argument; do
+    case $argument in
+        --quick) QUICK=1 ;;
+        --help)
+            sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"
+            exit 0
+            ;;
+        *) fail "unknown argument '$argument'; allowed: --quick, --help, and the variables that --help names" ;;
+    esac
+done
+if [ -n "${QUICK:-}" ]; then
+    : "${STEPS:=30}" "${LAYERS:=1}" "${HEADS:=2}" "${WIDTH:=32}" "${SEQ_LEN:=32}" "${WARMUP:=2}" "${SEEDS:=1 2}"
+fi
+STEPS=${STEPS:-400}
+LAYERS=${LAYERS:-4}
+HEADS=${HEADS:-4}
+WIDTH=${WIDTH:-128}
+SEQ_LEN=${SEQ_LEN:-128}
+MICRO_BATCH=${MICRO_BATCH:-8} # sequences
+LR=${LR:-3e-3}
+WARMUP=${WARMUP:-20}
+SEEDS=${SEEDS:-1 2 3}
+BUDGET=${BUDGET:-30}
+OUT=${OUT-runs/exp2}
+
+# name|what it is|flags. As in the paper gradients are E4M3 from row #2a on; on one process that is what they are added up in.
+narrow='--grad-accum-dtype e4m3 --master-dtype fp16 --m-dtype e4m3'
+rows="
+#0|FP32 gradients and states|--grad-dtype fp32
+#1|BF16 gradients, FP32 states|--grad-dtype bf16
+#2a|FP16 master, FP8 m, FP16 v: FP8-LM|$narrow --v-dtype fp16
+#2b|BF16 master, FP8 m, FP16 v|$narrow --v-dtype fp16 --master-dtype bf16
+#3|FP8 master, FP8 m, FP16 v|$narrow --v-dtype fp16 --master-dtype e4m3
+#4|FP16 master, FP8 m, FP8 v|$narrow --v-dtype e4m3
+128|#2a with a scale every 128|$narrow --v-dtype fp16 --opt-block 128
+128s|the same, stochastic master|$narrow --v-dtype fp16 --opt-block 128 --master-rounding stochastic
+128v4|128s with v in E4M3|$narrow --v-dtype e4m3 --opt-block 128 --master-rounding stochastic
+128v5|128s with v in E5M2|$narrow --v-dtype e5m2 --opt-block 128 --master-rounding stochastic
+"
+for name in STEPS LAYERS HEADS WIDTH SEQ_LEN MICRO_BATCH BUDGET; do
+    [[ ${!name} =~ ^[1-9][0-9]{0,6}$ ]] || fail "$name: '${!name}' is not a whole number above 0"
+done
+for seed in $SEEDS; do
+    [[ $seed =~ ^[0-9]{1,9}$ ]] || fail "SEEDS: '$seed' is not a whole number"
+done
+[[ $SEEDS =~ [0-9] ]] || fail "SEEDS is empty"
+[ -n "$OUT" ] || fail "OUT is empty"
+known=$(awk -F '|' 'NF { print $1 }' <<< "$rows")
+ROWS=${ROWS:-$known}
+for name in $ROWS; do
+    grep -qxF -- "$name" <<< "$known" || fail "ROWS: '$name' is not known; allowed: ${known//$'\n'/ }"
+done
+
+scripts/setup.sh --demo --check || scripts/setup.sh --demo
+make -s --no-print-directory DEVICE=cpu binary
+program=$(make -s DEVICE=cpu config | sed -n 's/^BUILD = //p')/train_gpt_fp8
+mkdir -p "$OUT"
+text=demo/text.txt
+[ -z "${DATA:-}" ] || text=$OUT/text.txt
+scripts/text.sh "$text"
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+
+csv=$OUT/exp2.csv
+echo row,seed,loss,steps,optimizer_bytes,skipped > "$csv"
+start=$SECONDS longest=0 cut=()
+for seed in $SEEDS; do
+    for name in $ROWS; do
+        if ((SECONDS - start + longest > 60 * BUDGET)); then
+            cut+=("$name, seed $seed")
+            continue
+        fi
+        read -ra flags <<< "$(awk -F '|' -v name="$name" '$1 == name { print $3 }' <<< "$rows")"
+        began=$SECONDS dir=$OUT/${name//\#/n}-$seed
+        rm -rf "$dir"
+        status=0
+        "$program" --train-data "$text" --recipe fp8 --layers "$LAYERS" --heads "$HEADS" --width "$WIDTH" --seq-len "$SEQ_LEN" \
+            --micro-batch "$MICRO_BATCH" --steps "$STEPS" --lr "$LR" --warmup "$WARMUP" --val-every 0 --seed "$seed" --output-dir "$dir" \
+            "${flags[@]}" > "$dir.txt" 2>&1 || status=$?
+        # 1: the model no longer trains, which is a result too
+        ((status <= 1)) || { tail -n 1 "$dir.txt" >&2 && fail "row $name, seed $seed: status $status"; }
+        awk -v row="$name" -v seed="$seed" '
+            { gsub(/[ \t]/, "") }
+            /"loss":/ && match($0, /"loss":[^,]*/) {
+                loss[++n] = substr($0, RSTART + 7, RLENGTH - 7)
+                if (match($0, /"optimizer":[0-9]+/)) { bytes = substr($0, RSTART + 12, RLENGTH - 12) }
+                skipped += !/"skipped":null/
+            }
+            END {
+                for (i = n > 20 ? n - 19 : 1; i <= n; i++) { if (loss[i] == "null") { bad = 1 }; sum += loss[i]; k++ }
+                printf "%s,%s,%s,%d,%s,%d\n", row, seed, bad || !k ? "nan" : sprintf("%.6f", sum / k), n, bytes, skipped
+            }' "$dir/log.jsonl" | tee -a "$csv"
+        ((SECONDS - began <= longest)) || longest=$((SECONDS - began))
+    done
+done
+
+awk -F '|' -v csv="$csv" -v tables="$OUT/table.txt" -v verdicts="$OUT/verdict.txt" '
+    NF { order[++rows] = $1; what[$1] = $2 }
+    END {
+        FS = ","
+        while ((getline line < csv) > 0) {
+            split(line, f, ",")
+            if (f[1] == "row") { continue }
+            n[f[1]]++; bytes[f[1]] = f[5]; skips[f[1]] += f[6]
+            if (f[3] == "nan") { lost[f[1]]++; continue }
+            x[f[1], ++k[f[1]]] = f[3]; sum[f[1]] += f[3]
+        }
+        printf "%-7s %-42s %10s %9s %9s %10s\n", "row", "", "loss", "spread", "vs #0", "MiB" > tables
+        for (i = 1; i <= rows; i++) {
+            r = order[i]
+            if (!n[r]) { continue }
+            if (k[r]) { mean[r] = sum[r] / k[r] }
+            for (j = 1; j <= k[r]; j++) { d = x[r, j] - mean[r]; square[r] += d * d }
+            spread[r] = k[r] > 1 ? sqrt(square[r] / (k[r] - 1)) : 0
+            printf "%-7s %-42s %10s %9s %9s %10.2f%s\n", r, what[r], k[r] ? sprintf("%.4f", mean[r]) : "lost", sprintf("%.4f", spread[r]), \
+                k[r] && k["#0"] ? sprintf("%+.2f %%", 100 * (mean[r] / mean["#0"] - 1)) : "-", bytes[r] / 1048576, \
+                lost[r] ? sprintf("  lost %d of %d", lost[r], n[r]) : "" > tables
+        }
+        equal("#1", "#0", "BF16 gradients end where FP32 ones do"); equal("#2a", "#0", "FP16 master, FP8 m and FP16 v end where FP32 states do")
+        worse("#2b", "#2a", "a BF16 master is worse than an FP16 one with a scale"); worse("#3", "#2a", "an FP8 master is worse"); worse("#4", "#2a", "FP8 v is worse")
+        equal("128", "#2a", "scales every 128 end where scales by tensor do"); equal("128s", "#2a", "a stochastic master ends there too")
+        equal("128v4", "#2a", "E4M3 v with scales every 128 ends there"); equal("128v5", "#2a", "E5M2 v with scales every 128 ends there")
+    }
+    function room(a, b) { return spread[a] + spread[b] }
+    function say(held, claim, a, b) {
+        printf "%s\t%s\t%s %s, %s %s, spreads together %.4f\n", held ? "held" : "NOT held", claim, a, lost[a] ? "lost " lost[a] " of " n[a] : sprintf("%.4f", mean[a]), \
+            b, lost[b] ? "lost " lost[b] " of " n[b] : sprintf("%.4f", mean[b]), room(a, b) > verdicts
+    }
+    function measured(a, b, claim) {
+        if (n[a] && n[b]) { return 1 }
+        printf "not measured\t%s\t\n", claim > verdicts
+        return 0
+    }
+    function equal(a, b, claim) { if (measured(a, b, claim)) { say(!lost[a] && !lost[b] && mean[a] - mean[b] <= room(a, b), claim, a, b) } }
+    function worse(a, b, claim) { if (measured(a, b, claim)) { say(lost[a] > lost[b] || mean[a] - mean[b] > room(a, b), claim, a, b) } }
+' <<< "$rows"
+
+picture="none (gnuplot is not installed: package gnuplot-nox)"
+if command -v gnuplot > /dev/null; then
+    runs=() first=${SEEDS%% *}
+    for name in $ROWS; do
+        [ ! -s "$OUT/${name//\#/n}-$first/log.jsonl" ] || runs+=("$name=$OUT/${name//\#/n}-$first")
+    done
+    picture=$OUT/exp2.png
+    scripts/plot.sh --title "Optimizer states, seed $first" "$picture" "${runs[@]}"
+fi
+
+printf '\nMean loss of the last 20 of %s steps, %s seeds; bytes of all optimizer states.\n\n' "$STEPS" "$(wc -w <<< "$SEEDS")"
+cat "$OUT/table.txt"
+echo
+awk -F '\t' '{ printf "%-13s %s%s\n", $1 ":", $2, $3 == "" ? "" : "; " $3 }' "$OUT/verdict.txt"
+((${#cut[@]} == 0)) || { printf '\ncut by BUDGET=%s minutes:' "$BUDGET" && printf ' %s;' "${cut[@]}" && echo; }
+printf '\n  rows: %s\n  plot: %s\n  verdicts: %s\n' "$csv" "$picture" "$OUT/verdict.txt"
