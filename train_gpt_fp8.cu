@@ -31,6 +31,7 @@ enum Schedule { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_CONSTANT, SCHEDULE_WS
 enum Position { POSITION_ROPE, POSITION_LEARNED };
 enum FP8Format { FORMAT_E4M3, FORMAT_E5M2 };
 enum GradFormat { GRAD_FP32, GRAD_BF16, GRAD_E4M3, GRAD_E5M2 };
+enum OptBlock { BLOCK_TENSOR, BLOCK_128 };
 enum StateFormat { STATE_FP32, STATE_BF16, STATE_FP16, STATE_E4M3, STATE_E5M2 };  // as in DType
 
 static const DType grad_formats[] = {FP32, BF16, E4M3, E5M2};  // by GradFormat
@@ -61,7 +62,7 @@ struct Args {
     GradReduce grad_reduce = REDUCE_DIRECT;
     Rounding grad_accum_rounding = STOCHASTIC;
     StateFormat master_dtype = STATE_FP32, m_dtype = STATE_FP32, v_dtype = STATE_FP32;
-    int64_t opt_block = 0;
+    OptBlock opt_block = BLOCK_TENSOR;
     Rounding master_rounding = NEAREST, moment_rounding = NEAREST;
     int64_t recompute = 1;
     int64_t val_every = 250, val_batches = 20, sample_every = 0, sample_len = 64;
@@ -172,7 +173,7 @@ static void option_table(OptionTable* t, Args* a) {
         option_choice("master-dtype", NULL, &a->master_dtype, "fp32|bf16|fp16|e4m3|e5m2", "F", "master weights of matrices; FP16 and FP8 have scales", "by --recipe"),
         option_choice("m-dtype", NULL, &a->m_dtype, "fp32|bf16|fp16|e4m3|e5m2", "F", "AdamW's first moment", "by --recipe"),
         option_choice("v-dtype", NULL, &a->v_dtype, "fp32|bf16|fp16|e4m3|e5m2", "F", "AdamW's second moment", "by --recipe"),
-        option_int("opt-block", NULL, &a->opt_block, 0, STATE_BLOCK, "N", "elements that share a scale of these states: 128; 0: all of a tensor", "0"),
+        option_choice("opt-block", NULL, &a->opt_block, "0|128", "N", "elements that share a scale of these states; 0: all of a tensor"),
         option_choice("master-rounding", NULL, &a->master_rounding, "nearest|stochastic", "R", "of master weights below FP32"),
         option_choice("moment-rounding", NULL, &a->moment_rounding, "nearest|stochastic", "R", "of moments below FP32"),
         option_int("recompute", "r", &a->recompute, 0, 2, "N", "in backward again instead of kept: 0 nothing, 1 GELU, 2 GELU and LayerNorm"),
@@ -1164,18 +1165,18 @@ static void resolve_optimizer(Run* r) {
     c->master = (DType)a->master_dtype;
     c->m = (DType)a->m_dtype;
     c->v = (DType)a->v_dtype;
-    if (a->opt_block != 0 && a->opt_block != STATE_BLOCK) { bad_input("--opt-block: %" PRId64 " is not allowed; allowed: %d, or 0 for the whole tensor", a->opt_block, STATE_BLOCK); }
     if (a->recipe == RECIPE_FP32 && c->master != FP32) {
         bad_input("--master-dtype %s: in recipe fp32 the weights are the masters; allowed: fp32", dtype_names[c->master]);
     }
-    if (option_given(o, &a->opt_block) && a->opt_block != 0 && !has_scale(c->master) && !has_scale(c->m) && !has_scale(c->v)) {
-        bad_input("--opt-block %" PRId64 ": master, m and v are in fp32 or bf16 and have no scales; give one of them fp16, e4m3 or e5m2", a->opt_block);
+    static_assert(STATE_BLOCK == 128, "BLOCK_128");
+    if (a->opt_block == BLOCK_128 && !has_scale(c->master) && !has_scale(c->m) && !has_scale(c->v)) {
+        bad_input("--opt-block %d: master, m and v are in fp32 or bf16 and have no scales; give one of them fp16, e4m3 or e5m2", STATE_BLOCK);
     }
     if (option_given(o, &a->master_rounding) && c->master == FP32) { bad_input("--master-rounding: the masters are in fp32 and not rounded; give --master-dtype with it"); }
     if (option_given(o, &a->moment_rounding) && c->m == FP32 && c->v == FP32) {
         bad_input("--moment-rounding: the moments are in fp32 and not rounded; give --m-dtype or --v-dtype with it");
     }
-    c->optimizer = OptimizerConfig{a->opt_block != 0, a->master_rounding, a->moment_rounding, (uint64_t)a->seed};
+    c->optimizer = OptimizerConfig{a->opt_block == BLOCK_128, a->master_rounding, a->moment_rounding, (uint64_t)a->seed};
 }
 
 // Shape and numerics from --init, the explicit flags and the data

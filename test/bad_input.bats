@@ -125,8 +125,8 @@ EOT
 --master-dtype int8 | --master-dtype: 'int8'*fp32*bf16*fp16*e4m3*e5m2*
 --m-dtype fp64 | --m-dtype: 'fp64'*fp32*e5m2*
 --v-dtype 8 | --v-dtype: '8'*fp32*e5m2*
---opt-block 129 | --opt-block: '129' is out of range*
---opt-block -1 | --opt-block: '-1' is out of range*
+--opt-block 129 | --opt-block: '129' is not known; allowed: 0, 128*
+--opt-block -1 | --opt-block: '-1' is not known; allowed: 0, 128*
 --master-rounding down | --master-rounding: 'down'*nearest*stochastic*
 --moment-rounding 1 | --moment-rounding: '1'*nearest*stochastic*
 --recipe fp4 | --recipe: 'fp4'*fp8*bf16*
@@ -161,7 +161,6 @@ EOT
 --recipe fp8-lm --grad-dtype bf16 --grad-accum-dtype e4m3 | --grad-accum-dtype e4m3*narrower than --grad-dtype bf16*
 --recipe bf16 --grad-accum-rounding nearest | --grad-accum-rounding*fp32*
 --log-tensors | --log-tensors*1 rank*
---opt-block 64 --m-dtype e4m3 | --opt-block: 64 is not allowed; allowed: 128*0*
 --opt-block 128 | --opt-block 128*fp32 or bf16*no scales*
 --opt-block 128 --master-dtype bf16 | --opt-block 128*fp32 or bf16*no scales*
 --master-rounding stochastic | --master-rounding*fp32*--master-dtype*
