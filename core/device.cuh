@@ -264,8 +264,12 @@ template <class T, int N> struct alignas(sizeof(T) * N >= 16 ? 16 : sizeof(T) * 
 // Moves a pack: on a GPU in words of 16 bytes where the row's packs are aligned to them, on a CPU by element (the compiler makes the vectors)
 #ifdef GPU_FORM
 template <class Word, class T, int N> DEVICE void move_words(T* d, const T* s) {
+#if defined(__CUDACC__) && !defined(__CUDA_ARCH__)
+    memcpy((void*)d, (const void*)s, sizeof(T) * N);  // on the host, whose compiler takes words and elements for different memory
+#else
     UNROLL
     for (size_t k = 0; k < sizeof(T) * N / sizeof(Word); k++) { ((Word*)d)[k] = ((const Word*)s)[k]; }
+#endif
 }
 template <class T, int N> DEVICE void move_pack(T* d, const T* s) {
     if constexpr (N > 1 && sizeof(T) * N >= 16) { move_words<uint4, T, N>(d, s); }

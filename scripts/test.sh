@@ -100,6 +100,7 @@ cuda_build() {
     elif make -s DEVICE=cuda BUILD=build/cuda SANITIZE= binary > "$log" 2>&1; then
         passed=$((passed + 1))
         say ok cuda-build "compiles and links, $((SECONDS - start)) s"
+        sed 's/^/    /' "$log" # warnings
     elif grep -q 'does not know sm_' "$log"; then
         skipped=$((skipped + 1))
         say skip cuda-build "$(grep -m1 'does not know sm_' "$log")"
