@@ -371,8 +371,8 @@ struct Optimizer {
     uint32_t* amaxes;         // (3) of new master, m and v of the tensor at hand
 };
 
-// The states of one kind, one tensor after the other, each at a multiple of PARAM_ALIGNMENT elements. `flat`: where they lie already, or NULL
-static inline void allocate_states(ParamTable* table, OptimizerTensor Param::* kind, char* flat, bool by_block, Memory* memory) {
+// The states of one kind, one tensor after the other, each at a multiple of PARAM_ALIGNMENT elements. `are_there`: they lie at `flat` already
+static inline void allocate_states(ParamTable* table, OptimizerTensor Param::* kind, bool are_there, char* flat, bool by_block, Memory* memory) {
     size_t bytes = 0, exponents = 0, slots = 0;
     for (int i = 0; i < table->count; i++) {
         const Param* p = &table->items[i];
@@ -380,7 +380,7 @@ static inline void allocate_states(ParamTable* table, OptimizerTensor Param::* k
         bytes += n * (size_t)dtype_bytes((p->*kind).dtype);
         if (has_scale((p->*kind).dtype)) { (by_block ? exponents : slots) += by_block ? ceil_div(n, (size_t)STATE_BLOCK) : 4; }
     }
-    char* at = flat != NULL ? flat : (char*)memory_take(memory, OPTIMIZER, flat != NULL ? 0 : bytes, 1);
+    char* at = are_there ? flat : (char*)memory_take(memory, OPTIMIZER, bytes, 1);
     int8_t* exponent = memory_take<int8_t>(memory, OPTIMIZER, exponents);
     float* slot = memory_take<float>(memory, OPTIMIZER, slots);
     for (int i = 0; memory->committed && i < table->count; i++) {
@@ -396,15 +396,14 @@ static inline void allocate_states(ParamTable* table, OptimizerTensor Param::* k
     }
 }
 
-// `weights`: in fp32 the flat weights, which serve as masters too; else NULL. The dry run asks by `weights_are_masters`.
+// `weights_are_masters`: in fp32 the flat weights, `weights` (NULL while dry), serve as masters too
 static inline void optimizer_allocate(Optimizer* o, ParamTable* table, bool weights_are_masters, void* weights, Memory* memory) {
     int64_t pieces = 0;
-    static char somewhere;  // dry: any place
     for (int i = 0; i < table->count; i++) { pieces += pieces_of(param_elements(&table->items[i])); }
     o->state = memory_take<OptimizerState>(memory, OPTIMIZER, 1);
-    allocate_states(table, &Param::master, weights_are_masters ? (weights != NULL ? (char*)weights : &somewhere) : NULL, o->config.by_block, memory);
-    allocate_states(table, &Param::m, NULL, o->config.by_block, memory);
-    allocate_states(table, &Param::v, NULL, o->config.by_block, memory);
+    allocate_states(table, &Param::master, weights_are_masters, (char*)weights, o->config.by_block, memory);
+    allocate_states(table, &Param::m, false, NULL, o->config.by_block, memory);
+    allocate_states(table, &Param::v, false, NULL, o->config.by_block, memory);
     o->partial = memory_take<float>(memory, OPTIMIZER, (size_t)pieces);
     o->partial_tops = memory_take<float>(memory, OPTIMIZER, (size_t)pieces);
     o->squares = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);

@@ -17,21 +17,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export LC_ALL=C
 
-fail() {
-    printf 'exp1_scaling.sh: %s\n' "$*" >&2
-    exit 2
-}
-
-for argument; do
-    case $argument in
-        --quick) QUICK=1 ;;
-        --help)
-            sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"
-            exit 0
-            ;;
-        *) fail "unknown argument '$argument'; allowed: --quick, --help, and the variables that --help names" ;;
-    esac
-done
+# shellcheck source=scripts/experiment.sh
+. scripts/experiment.sh "$@"
 if [ -n "${QUICK:-}" ]; then
     : "${STEPS:=9}" "${LATE:=4}" "${PROBE_EVERY:=4}" "${LAYERS:=2}" "${HEADS:=2}" "${WIDTH:=32}" "${SEQ_LEN:=32}" "${WARMUP:=2}"
     : "${RANKS_REAL=2 4}" "${RANKS_VIRTUAL=32}"

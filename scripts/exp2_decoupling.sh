@@ -15,21 +15,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export LC_ALL=C
 
-fail() {
-    printf 'exp2_decoupling.sh: %s\n' "$*" >&2
-    exit 2
-}
-
-for argument; do
-    case $argument in
-        --quick) QUICK=1 ;;
-        --help)
-            sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"
-            exit 0
-            ;;
-        *) fail "unknown argument '$argument'; allowed: --quick, --help, and the variables that --help names" ;;
-    esac
-done
+# shellcheck source=scripts/experiment.sh
+. scripts/experiment.sh "$@"
 if [ -n "${QUICK:-}" ]; then
     : "${STEPS:=30}" "${LAYERS:=1}" "${HEADS:=2}" "${WIDTH:=32}" "${SEQ_LEN:=32}" "${WARMUP:=2}" "${SEEDS:=1 2}"
 fi
