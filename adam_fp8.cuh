@@ -2,8 +2,8 @@
 //
 // After the gradients of a step are reduced over ranks, these run, and the host waits for none of them:
 //   1. the squared norm: partial sums over fixed pieces of 4096 elements of each tensor, added in float64 by a fixed tree a tensor, then in the tensors' order, so that the value
-//      does not depend on how tensors are spread over threads or ranks. A gradient in FP8 is read as codes; its descale enters with the tensor's sum. The same pass counts the
-//      codes at the maximum, which steer the headroom of the reduction;
+//      does not depend on how tensors are spread over threads or ranks: a piece is added up by the rank that keeps it, and all ranks get all pieces' sums. A gradient in FP8 is read
+//      as codes; its descale enters with the tensor's sum. The same pass counts the codes at the maximum, which steer the headroom of the reduction;
 //   2. the decision, on the device, alike on every rank: a step whose loss or norm is not finite, or stands out by more than the allowed z-score from
 //      the last 128 steps, is skipped and leaves no trace in weights, moments or bias corrections (a value that is not finite does not enter the
 //      windows either). Its outcome is a record that the host reads while the next step runs;
@@ -12,9 +12,13 @@
 //      where g is the gradient, its codes times descale and clip factor, and t counts the applied steps only. The same kernel writes the weight of the forward pass. An FP8
 //      weight takes its scale from this step's amax, so it is written in a second pass.
 //
+// With ZeRO a rank does this for the stretch of each tensor that it keeps (core/partition.h). Scales belong to the whole tensor: the amaxes of all tensors are exchanged once, between
+// the two passes. The weights come back to all ranks afterwards (comm.cuh).
+//
 // Master and moments may each be in FP32, BF16, FP16, E4M3 or E5M2 (FP8-LM's precision decoupling). The arithmetic is always FP32. FP16 and FP8 have scales: one a tensor, for
-// which a first pass over the tensor finds the new amaxes and a second writes; or one a block of 128 elements, made in the same pass. No FP32 copy of a tensor exists.
+// which a first pass over all tensors finds the new amaxes and a second writes; or one a block of 128 elements, made in the same pass. No FP32 copy of a tensor exists.
 #pragma once
+#include "core/collectives.cuh"  // the process group
 #include "core/gradient.cuh" // pieces, formats of gradients
 #include "core/params.h"   // Param, ParamTable
 #include "core/profile.h"  // ProfileScope
@@ -63,15 +67,19 @@ DEVICE double outlier_score(OutlierWindow* w, double value) {
     return deviation == 0.0 ? 0.0 : (value - mean) / deviation;
 }
 
+// The pieces of a tensor for the norm: the first one lacks `shift` elements
+static inline int norm_pieces(const Param* p) { return pieces_of((size_t)p->piece_shift + param_elements(p)); }
+
 template <class G> struct SquaredPieces {  // partial[piece] = Σ g² over a piece of a tensor, of the codes as they are; top_codes[piece]: those at the maximum
     float* partial;
     float* top_codes;
-    const G* grad;
+    const G* grad;            // a stretch that ends where a piece does, or the tensor
     size_t elements;
+    int shift;                // elements of its first piece that lie before it
     template <class Team> DEVICE void operator()(Team team, int piece) const {
-        size_t first = (size_t)piece * PIECE;
+        size_t first = piece == 0 ? 0 : (size_t)piece * PIECE - (size_t)shift, end = min_of((size_t)(piece + 1) * PIECE - (size_t)shift, elements);
         const G* g = grad + first;
-        auto found = team.sum_pair(piece_length(elements, first), [=](auto c) { return square_and_top(load_raw(g, c)); });
+        auto found = team.sum_pair((int)(end - first), [=](auto c) { return square_and_top(load_raw(g, c)); });
         if (!team.leads()) { return; }
         partial[piece] = found.a.v[0];
         top_codes[piece] = found.b.v[0];
@@ -262,9 +270,11 @@ struct AdamUpdateNarrow {
     const OptimizerState* state;
     AdamRates rates;
     size_t elements;
+    size_t first_element;         // number of the first within the tensor: what random bits depend on
     template <class Team> DEVICE void operator()(Team team, int piece) const {
         if (!state->apply) { return; }
         size_t first = (size_t)piece * PIECE;
+        uint64_t at = first_element + first;
         StateView sw = from_element(master, first), sm = from_element(m, first), sv = from_element(v, first);
         const char* g_at = grad + first * (size_t)dtype_bytes(grad_dtype);
         char* w_at = weight == NULL ? NULL : weight + first * (size_t)dtype_bytes(weight_dtype);
@@ -281,9 +291,9 @@ struct AdamUpdateNarrow {
                 top_v = max_of(top_v, magnitude_bits(v1));
             }
             if (measure) { return; }
-            sm.write(team, c, count, m1, first);
-            sv.write(team, c, count, v1, first);
-            float back = sw.write(team, c, count, w, first);
+            sm.write(team, c, count, m1, at);
+            sv.write(team, c, count, v1, at);
+            float back = sw.write(team, c, count, w, at);
             if (w_at == NULL) { return; }
             auto kept = load_as(sw.dtype, sw.data, c, count) * back;  // what the master has become
             store_as<NEAREST>(weight_dtype, w_at, c, count, kept * k, RandomKey{}, 0);
@@ -361,33 +371,36 @@ struct OptimizerConfig {
 
 struct Optimizer {
     OptimizerConfig config;
+    Group* group;
+    bool partitioned;         // the ranks of the group keep different parts of the tensors; else `group` is not used
     OptimizerState* state;    // device
     int64_t updates;          // so far, skipped ones too: what random bits depend on
-    float* partial;           // (pieces of all tensors) squares
-    float* partial_tops;      // (pieces of all tensors) codes at the maximum
+    int64_t pieces;           // of all tensors, for the norm
+    float* partial;           // (pieces) squares
+    float* partial_tops;      // (pieces) codes at the maximum; after those
     double* squares;          // (tensors)
     double* tops;             // (tensors)
     int64_t* first_piece;     // (tensors + 1)
-    uint32_t* amaxes;         // (3) of new master, m and v of the tensor at hand
+    uint32_t* amaxes;         // (tensors, 3) of new master, m and v
 };
 
-// The states of one kind, one tensor after the other, each at a multiple of PARAM_ALIGNMENT elements. `are_there`: they lie at `flat` already
-static inline void allocate_states(ParamTable* table, OptimizerTensor Param::* kind, bool are_there, char* flat, bool by_block, Memory* memory) {
+// The states of one kind, one tensor's stretch after the other, each at a multiple of PARAM_ALIGNMENT elements. `are_there`: the weights are they
+static inline void allocate_states(ParamTable* table, OptimizerTensor Param::* kind, bool are_there, bool by_block, Memory* memory) {
     size_t bytes = 0, exponents = 0, slots = 0;
     for (int i = 0; i < table->count; i++) {
         const Param* p = &table->items[i];
-        size_t n = round_up(param_elements(p), PARAM_ALIGNMENT);
+        size_t n = round_up(p->own_count, PARAM_ALIGNMENT);
         bytes += n * (size_t)dtype_bytes((p->*kind).dtype);
         if (has_scale((p->*kind).dtype)) { (by_block ? exponents : slots) += by_block ? ceil_div(n, (size_t)STATE_BLOCK) : 4; }
     }
-    char* at = are_there ? flat : (char*)memory_take(memory, OPTIMIZER, bytes, 1);
+    char* at = (char*)memory_take(memory, OPTIMIZER, are_there ? 0 : bytes, 1);
     int8_t* exponent = memory_take<int8_t>(memory, OPTIMIZER, exponents);
     float* slot = memory_take<float>(memory, OPTIMIZER, slots);
     for (int i = 0; memory->committed && i < table->count; i++) {
         Param* p = &table->items[i];
-        size_t n = round_up(param_elements(p), PARAM_ALIGNMENT);
+        size_t n = round_up(p->own_count, PARAM_ALIGNMENT);
         OptimizerTensor* t = &(p->*kind);
-        t->data = at;
+        t->data = are_there ? advance(p->weight, p->dtype, p->own_first) : at;
         t->slot = has_scale(t->dtype) && !by_block ? slot : NULL;
         t->exponents = has_scale(t->dtype) && by_block ? exponent : NULL;
         at += n * (size_t)dtype_bytes(t->dtype);
@@ -396,20 +409,21 @@ static inline void allocate_states(ParamTable* table, OptimizerTensor Param::* k
     }
 }
 
-// `weights_are_masters`: in fp32 the flat weights, `weights` (NULL while dry), serve as masters too
-static inline void optimizer_allocate(Optimizer* o, ParamTable* table, bool weights_are_masters, void* weights, Memory* memory) {
+// `weights_are_masters`: in fp32 the weights, which are there before, serve as masters too
+static inline void optimizer_allocate(Optimizer* o, ParamTable* table, bool weights_are_masters, Memory* memory) {
     int64_t pieces = 0;
-    for (int i = 0; i < table->count; i++) { pieces += pieces_of(param_elements(&table->items[i])); }
+    for (int i = 0; i < table->count; i++) { pieces += norm_pieces(&table->items[i]); }
+    o->pieces = pieces;
     o->state = memory_take<OptimizerState>(memory, OPTIMIZER, 1);
-    allocate_states(table, &Param::master, weights_are_masters, (char*)weights, o->config.by_block, memory);
-    allocate_states(table, &Param::m, false, NULL, o->config.by_block, memory);
-    allocate_states(table, &Param::v, false, NULL, o->config.by_block, memory);
-    o->partial = memory_take<float>(memory, OPTIMIZER, (size_t)pieces);
-    o->partial_tops = memory_take<float>(memory, OPTIMIZER, (size_t)pieces);
+    allocate_states(table, &Param::master, weights_are_masters, o->config.by_block, memory);
+    allocate_states(table, &Param::m, false, o->config.by_block, memory);
+    allocate_states(table, &Param::v, false, o->config.by_block, memory);
+    o->partial = memory_take<float>(memory, OPTIMIZER, 2 * (size_t)pieces);
+    o->partial_tops = o->partial + (memory->committed ? pieces : 0);
     o->squares = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
     o->tops = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
     o->first_piece = memory_take<int64_t>(memory, OPTIMIZER, (size_t)table->count + 1);
-    o->amaxes = memory_take<uint32_t>(memory, OPTIMIZER, 3);
+    o->amaxes = memory_take<uint32_t>(memory, OPTIMIZER, 3 * (size_t)table->count);
 }
 
 // Empty states, no steps applied; the gaps between tensors are zero and stay so
@@ -418,12 +432,12 @@ static inline void optimizer_reset(Optimizer* o, ParamTable* table, Stream s) {
     state.beta1_power = state.beta2_power = 1.0;
     int64_t* first = (int64_t*)host_alloc(((size_t)table->count + 1) * sizeof(int64_t));
     first[0] = 0;
-    for (int i = 0; i < table->count; i++) { first[i + 1] = first[i] + pieces_of(param_elements(&table->items[i])); }
+    for (int i = 0; i < table->count; i++) { first[i + 1] = first[i] + norm_pieces(&table->items[i]); }
     copy_to_device(o->state, &state, sizeof(state), s);
     copy_to_device(o->first_piece, first, ((size_t)table->count + 1) * sizeof(int64_t), s);
     for (int i = 0; i < table->count; i++) {
         Param* p = &table->items[i];
-        size_t n = round_up(param_elements(p), PARAM_ALIGNMENT);
+        size_t n = round_up(p->own_count, PARAM_ALIGNMENT);
         OptimizerTensor* const states[] = {&p->master, &p->m, &p->v};
         for (OptimizerTensor* t : states) {
             device_zero(t->data, n * (size_t)dtype_bytes(t->dtype), s);
@@ -436,44 +450,64 @@ static inline void optimizer_reset(Optimizer* o, ParamTable* table, Stream s) {
     free(first);
 }
 
-// Writes the forward pass's weight of one tensor from its master (whose amax is in o->amaxes where the weight is FP8). `apply`: NULL = always
-static inline void weight_from_master(Optimizer* o, Param* p, const int* apply, Stream s) {
-    size_t n = param_elements(p);
-    StateView master = view_of(&p->master, NEAREST, RandomKey{});
-    if (p->weight == p->master.data) { return; }
-    if (is_fp8(p->dtype)) { run_rows(StateSlots{{NULL, NULL, NULL, p->slot}, {0.0f, 0.0f, 0.0f, largest_of(p->dtype)}, o->amaxes, apply}, 4, s); }
-    run_rows(CastWeight{(char*)p->weight, p->dtype, master, is_fp8(p->dtype) ? p->slot + 1 : NULL, apply, n}, pieces_of(n), s);
-}
+static inline uint32_t* amaxes_of(const Optimizer* o, const ParamTable* table, const Param* p) { return o->amaxes + 3 * (p - table->items); }
+// What this rank keeps of the forward pass's weight
+static inline void* own_weight(const Param* p) { return advance(p->weight, p->dtype, p->own_first); }
 
-// After the masters were set from outside (initialisation, import): all weights of the forward pass
-static inline void optimizer_cast_weights(Optimizer* o, ParamTable* table, Stream s) {
+// Masters and weights are one where there is nothing to round
+static inline bool master_is_weight(const Param* p) { return own_weight(p) == p->master.data; }
+
+static inline bool states_in_fp32(const Param* p) { return p->master.dtype == FP32 && p->m.dtype == FP32 && p->v.dtype == FP32; }
+static inline bool scaled_by_tensor(const Param* p) { return p->master.slot != NULL || p->m.slot != NULL || p->v.slot != NULL; }
+
+// The forward pass's weights from the masters, whose amaxes are there. `apply`: NULL: always and all; else those that the update has not written
+static inline void weights_from_masters(Optimizer* o, ParamTable* table, const int* apply, Stream s) {
     for (int i = 0; i < table->count; i++) {
         Param* p = &table->items[i];
-        size_t n = param_elements(p);
-        device_zero(o->amaxes, 3 * sizeof(uint32_t), s);
-        if (is_fp8(p->dtype)) { run_rows(MasterAmax{o->amaxes, view_of(&p->master, NEAREST, RandomKey{}), n}, pieces_of(n), s); }
-        weight_from_master(o, p, NULL, s);
+        if (apply != NULL && (scaled_by_tensor(p) || !is_fp8(p->dtype))) { continue; }
+        if (is_fp8(p->dtype)) {
+            run_rows(StateSlots{{NULL, NULL, NULL, p->slot}, {0.0f, 0.0f, 0.0f, largest_of(p->dtype)}, amaxes_of(o, table, p), apply}, 4, s);
+        }
+        if (p->own_count == 0 || master_is_weight(p)) { continue; }
+        run_rows(CastWeight{(char*)own_weight(p), p->dtype, view_of(&p->master, NEAREST, RandomKey{}), is_fp8(p->dtype) ? p->slot + 1 : NULL, apply, p->own_count},
+                 pieces_of(p->own_count), s);
     }
 }
 
-// The master of one parameter from FP32 values on the host. optimizer_cast_weights goes after it.
+// After the masters were set from outside (initialisation, import): what this rank keeps of the forward pass's weights
+static inline void optimizer_cast_weights(Optimizer* o, ParamTable* table, Stream s) {
+    device_zero(o->amaxes, 3 * (size_t)table->count * sizeof(uint32_t), s);
+    for (int i = 0; i < table->count; i++) {
+        const Param* p = &table->items[i];
+        if (!is_fp8(p->dtype) || p->own_count == 0) { continue; }
+        run_rows(MasterAmax{amaxes_of(o, table, p), view_of(&p->master, NEAREST, RandomKey{}), p->own_count}, pieces_of(p->own_count), s);
+    }
+    if (o->partitioned) { all_reduce_max(o->group, (float*)o->amaxes, 3 * (size_t)table->count, s); }
+    weights_from_masters(o, table, NULL, s);
+}
+
+// What this rank keeps of the master of one parameter, from the FP32 values of all of it on the host. optimizer_cast_weights goes after it.
 static inline void optimizer_set_master(Param* p, const float* values, Stream s) {
-    size_t n = param_elements(p), blocks = ceil_div(n, (size_t)STATE_BLOCK), bytes = n * (size_t)dtype_bytes(p->master.dtype);
+    size_t n = p->own_count, blocks = ceil_div(n, (size_t)STATE_BLOCK), bytes = n * (size_t)dtype_bytes(p->master.dtype);
+    float slot[4] = {1.0f, 1.0f, 1.0f, 0.0f};
+    if (p->master.slot != NULL) {
+        uint32_t top = 0;
+        for (size_t i = 0; i < param_elements(p); i++) { top = max_of(top, magnitude_bits(values[i])); }
+        set_slot(slot, scale_from_amax(bits_to_float(top), largest_of(p->master.dtype), 0, 1.0f));
+        copy_to_device(p->master.slot, slot, sizeof(slot), s);
+        stream_sync(s);
+    }
+    if (n == 0) { return; }
     char* codes = (char*)host_alloc(bytes);
     int8_t* exponents = (int8_t*)host_alloc(blocks);
-    float slot[4] = {1.0f, 1.0f, 1.0f, 0.0f};
     memset(exponents, 0, blocks);
     StateView v = {p->master.dtype, NEAREST, codes, p->master.slot != NULL ? slot : NULL, p->master.exponents != NULL ? exponents : NULL, RandomKey{}};
-    uint32_t top = 0;
-    for (size_t i = 0; i < n; i++) { top = max_of(top, magnitude_bits(values[i])); }
-    if (v.slot != NULL) { set_slot(slot, scale_from_amax(bits_to_float(top), largest_of(v.dtype), 0, 1.0f)); }
-    SetState set = {v, values, n};
+    SetState set = {v, values + p->own_first, n};
     int pieces = pieces_of(n);
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < pieces; i++) { set(CpuTeam{}, i); }
     copy_to_device(p->master.data, codes, bytes, s);
     if (v.exponents != NULL) { copy_to_device(p->master.exponents, exponents, blocks, s); }
-    if (v.slot != NULL) { copy_to_device(p->master.slot, slot, sizeof(slot), s); }
     stream_sync(s);
     free(codes);
     free(exponents);
@@ -483,42 +517,44 @@ static inline void optimizer_set_master(Param* p, const float* values, Stream s)
 // First: norm and decision. `slots`: (params, 4) of the gradients.
 static inline void optimizer_decide(Optimizer* o, const ParamTable* table, const float* slots, const float* loss, DecisionRules rules, Stream s) {
     ProfileScope scope("gradient norm");
+    if (o->partitioned) { device_zero(o->partial, 2 * (size_t)o->pieces * sizeof(float), s); }
     int64_t piece = 0;
     for (int i = 0; i < table->count; i++) {
         const Param* p = &table->items[i];
-        size_t n = param_elements(p);
+        size_t n = p->own_count, before = (size_t)p->piece_shift + p->own_first;
+        int64_t first = piece + (int64_t)(before / PIECE);
+        int shift = (int)(before % PIECE);
+        piece += norm_pieces(p);
+        if (n == 0) { continue; }
         with_gradient_type(p->grad_dtype, [&](auto g) {
             typedef typename decltype(g)::type G;
-            run_rows(SquaredPieces<G>{o->partial + piece, o->partial_tops + piece, (const G*)p->grad, n}, pieces_of(n), s);
+            run_rows(SquaredPieces<G>{o->partial + first, o->partial_tops + first, (const G*)p->grad, n, shift}, pieces_of((size_t)shift + n), s);
         });
-        piece += pieces_of(n);
     }
+    if (o->partitioned) { all_reduce_sum(o->group, o->partial, 2 * (size_t)o->pieces, s); }  // one rank has a piece's sum, the others 0
     run_rows(AddPieces{o->squares, o->tops, o->partial, o->partial_tops, o->first_piece, slots}, table->count, s);
     run_rows(Decide{o->state, o->squares, loss, table->count, rules}, 1, s);
 }
 
 static inline void update_fp32(const Optimizer* o, const Param* p, AdamRates rates, uint32_t* amax, Stream s) {
-    size_t n = param_elements(p);
+    size_t n = p->own_count;
     float *master = (float*)p->master.data, *m = (float*)p->m.data, *v = (float*)p->v.data;
     with_gradient_type(p->grad_dtype, [&](auto tag) {
         typedef typename decltype(tag)::type G;
         const G* g = (const G*)p->grad;
         if (p->dtype == BF16) {
-            run_rows(AdamUpdate<bf16, G>{(bf16*)p->weight, master, m, v, g, p->grad_slot, NULL, o->state, rates, n}, pieces_of(n), s);
+            run_rows(AdamUpdate<bf16, G>{(bf16*)own_weight(p), master, m, v, g, p->grad_slot, NULL, o->state, rates, n}, pieces_of(n), s);
         } else {
             run_rows(AdamUpdate<float, G>{NULL, master, m, v, g, p->grad_slot, amax, o->state, rates, n}, pieces_of(n), s);
         }
     });
 }
 
-// `step`: what the random bits of this step depend on. Leaves the amax of the new master in o->amaxes, and writes the weight of the forward pass where its
-// scale is known; false: it is not.
-static inline bool update_narrow(const Optimizer* o, const Param* p, AdamRates rates, uint64_t tensor, uint64_t step, Stream s) {
+// `step`: what the random bits of this step depend on
+static inline AdamUpdateNarrow narrow_update(const Optimizer* o, const Param* p, AdamRates rates, uint64_t tensor, uint64_t step) {
     auto view = [=](const OptimizerTensor* t, Rounding rounding, uint64_t kind) {
         return view_of(t, rounding, random_key(o->config.seed, step, tensor << 2 | kind));
     };
-    bool fp8 = is_fp8(p->dtype), by_tensor = p->master.slot != NULL || p->m.slot != NULL || p->v.slot != NULL;
-    int pieces = pieces_of(param_elements(p));
     AdamUpdateNarrow update = {};
     update.master = view(&p->master, o->config.master_rounding, 1);
     update.m = view(&p->m, o->config.moment_rounding, 2);
@@ -527,53 +563,67 @@ static inline bool update_narrow(const Optimizer* o, const Param* p, AdamRates r
     update.grad = (const char*)p->grad;
     update.descale = p->grad_slot;
     update.weight_dtype = p->dtype;
-    update.amaxes = by_tensor || fp8 ? o->amaxes : NULL;
     update.state = o->state;
     update.rates = rates;
-    update.elements = param_elements(p);
-    if (by_tensor) {
-        update.measure = true;
-        run_rows(update, pieces, s);
-        run_rows(StateSlots{{p->master.slot, p->m.slot, p->v.slot, fp8 ? p->slot : NULL},
-                            {largest_of(p->master.dtype), largest_of(p->m.dtype), largest_of(p->v.dtype), largest_of(p->dtype)}, o->amaxes, &o->state->apply}, 4, s);
-        update.measure = false;
-        update.measured = true;
-        update.amaxes = NULL;
-        update.weight_scale = fp8 ? p->slot + 1 : NULL;
-    }
-    bool written = by_tensor || !fp8;
-    update.weight = written && p->weight != p->master.data ? (char*)p->weight : NULL;
-    run_rows(update, pieces, s);
-    return written;
+    update.elements = p->own_count;
+    update.first_element = p->own_first;
+    return update;
 }
 
-// Second: the update.
+// Second: the update of what this rank keeps. In one pass; or two, where a scale depends on the whole tensor: of states that are scaled by tensor, which the
+// first pass only measures, and of FP8 weights.
 static inline void optimizer_update(Optimizer* o, ParamTable* table, AdamRates rates, float weight_decay, Stream s) {
     ProfileScope scope("adamw");
     uint64_t step = (uint64_t)o->updates++;
+    bool two_passes = false;
+    device_zero(o->amaxes, 3 * (size_t)table->count * sizeof(uint32_t), s);
+    auto rates_of = [=](const Param* p) {
+        AdamRates a = rates;
+        a.decay = p->decay ? weight_decay : 0.0f;
+        return a;
+    };
     for (int i = 0; i < table->count; i++) {
-        Param* p = &table->items[i];
-        rates.decay = p->decay ? weight_decay : 0.0f;
-        bool fp8 = is_fp8(p->dtype), fp32 = p->master.dtype == FP32 && p->m.dtype == FP32 && p->v.dtype == FP32, written = !fp8;
-        device_zero(o->amaxes, 3 * sizeof(uint32_t), s);
-        if (fp32) { update_fp32(o, p, rates, fp8 ? o->amaxes : NULL, s); }
-        else { written = update_narrow(o, p, rates, (uint64_t)i, step, s); }
-        if (!written) { weight_from_master(o, p, &o->state->apply, s); }
+        const Param* p = &table->items[i];
+        bool fp8 = is_fp8(p->dtype), by_tensor = scaled_by_tensor(p);
+        uint32_t* amaxes = fp8 || by_tensor ? amaxes_of(o, table, p) : NULL;
+        two_passes |= fp8 || by_tensor;
+        if (p->own_count == 0) { continue; }
+        if (states_in_fp32(p)) { update_fp32(o, p, rates_of(p), amaxes, s); continue; }
+        AdamUpdateNarrow update = narrow_update(o, p, rates_of(p), (uint64_t)i, step);
+        update.amaxes = amaxes;
+        update.measure = by_tensor;
+        update.weight = fp8 || master_is_weight(p) ? NULL : (char*)own_weight(p);
+        run_rows(update, pieces_of(p->own_count), s);
     }
+    if (!two_passes) { return; }
+    if (o->partitioned) { all_reduce_max(o->group, (float*)o->amaxes, 3 * (size_t)table->count, s); }
+    for (int i = 0; i < table->count; i++) {
+        const Param* p = &table->items[i];
+        if (!scaled_by_tensor(p)) { continue; }
+        bool fp8 = is_fp8(p->dtype);
+        run_rows(StateSlots{{p->master.slot, p->m.slot, p->v.slot, fp8 ? p->slot : NULL},
+                            {largest_of(p->master.dtype), largest_of(p->m.dtype), largest_of(p->v.dtype), largest_of(p->dtype)}, amaxes_of(o, table, p), &o->state->apply}, 4, s);
+        if (p->own_count == 0) { continue; }
+        AdamUpdateNarrow update = narrow_update(o, p, rates_of(p), (uint64_t)i, step);
+        update.measured = true;
+        update.weight = master_is_weight(p) ? NULL : (char*)own_weight(p);
+        update.weight_scale = fp8 ? p->slot + 1 : NULL;
+        run_rows(update, pieces_of(p->own_count), s);
+    }
+    weights_from_masters(o, table, &o->state->apply, s);
 }
 
-// What AdamW moves in a step: gradient, states, and the weight of the forward pass. States that are scaled by tensor are read twice, with the gradient; an
-// FP8 weight of other states takes a second pass over the master.
+// What AdamW moves in a step on this rank: gradient, states, and the weight of the forward pass. States that are scaled by tensor are read twice, with the
+// gradient; an FP8 weight of other states takes a second pass over the master.
 static inline Traffic optimizer_traffic(const ParamTable* table) {
     Traffic t = {};
     for (int i = 0; i < table->count; i++) {
         const Param* p = &table->items[i];
-        double n = (double)param_elements(p), grad = dtype_bytes(p->grad_dtype), master = dtype_bytes(p->master.dtype);
+        double n = (double)p->own_count, grad = dtype_bytes(p->grad_dtype), master = dtype_bytes(p->master.dtype);
         double states = master + dtype_bytes(p->m.dtype) + dtype_bytes(p->v.dtype);
-        bool by_tensor = p->master.slot != NULL || p->m.slot != NULL || p->v.slot != NULL;
         t.updated += states * n;
-        t.read += (grad + (by_tensor ? grad + states : is_fp8(p->dtype) ? master : 0.0)) * n;
-        t.written += p->weight == p->master.data ? 0.0 : (double)dtype_bytes(p->dtype) * n;
+        t.read += (grad + (scaled_by_tensor(p) ? grad + states : is_fp8(p->dtype) ? master : 0.0)) * n;
+        t.written += master_is_weight(p) ? 0.0 : (double)dtype_bytes(p->dtype) * n;
     }
     return t;
 }

@@ -1,26 +1,34 @@
-// comm.cuh: how the ranks of a training run share the work: who does what, the reduction of gradients, and the check that all were
+// comm.cuh: how the ranks of a training run share the work: who does what, the reduction of gradients, the return of weights, and the check that all were
 // started alike.
 //
-// The world is data parallel: every rank holds the whole model and takes its own sequences. Each rank's loss is a share of the mean over the global
-// batch, so that the sum of the ranks' gradients is the averaged gradient: nothing is divided afterwards.
+// The world is data parallel: every rank takes its own sequences. Each rank's loss is a share of the mean over the global batch, so that the sum of the
+// ranks' gradients is the averaged gradient: nothing is divided afterwards. Which rank updates what is up to the partition (core/partition.h): without
+// ZeRO every rank gets all of the reduced gradient; with it only its part, and the weights come back from their owners after the step.
 //
 // Gradients travel in buckets: the matrices of a layer, the embeddings, and all vectors together. When a layer's last micro-batch has been through
 // the backward pass its bucket starts, and goes on while the layers below it are computed: on a GPU on a stream of its own, on a CPU whenever
 // `reduction_poll` is called between kernels. A bucket goes through these phases, of which only those that FP8 needs are marked *:
 //
-//   ring      * measure amax | * MIN of the scales | quantise with μ·scale, add around the ring | collect the parts
-//   direct    * measure amax | * collect all ranks' scales | quantise with the own scale, exchange parts | add in FP32 in rank order, * MAX of the
-//               sums' amax | round once, collect the parts
+//   ring      * measure amax | * MIN of the scales | quantise with μ·scale, add around the ring | collect the parts: only without ZeRO
+//   direct    * measure amax | * collect all ranks' scales | quantise with the own scale, exchange parts | add in FP32 in rank order
+//               without ZeRO:           * MAX of the sums' amax | round once, collect the parts
+//               whole tensors:          sums go on to the tensors' owners
+//   weights   collect the parts
 //
 // One bucket is under way at a time. It is quantised out of its accumulators into `payload`; the reduced gradient comes back into the accumulators' own
-// memory, of which it needs the first bytes. So gradients take no more memory than their accumulators; what the exchanges work in is once the largest
-// bucket as it travels, for `direct` twice and its share of FP32 sums.
+// memory: codes, or with `direct` and ZeRO the sums in FP32, which no rounding has touched. So gradients take no more memory than their accumulators, where
+// those are as large as a part in FP32; what the exchanges work in is once the largest bucket as it travels, for `direct` twice.
+//
+// ZeRO 2 keeps no accumulators: two layers' gradients, of one micro-batch, take turns in the same memory, and are reduced after every micro-batch into
+// the owner's part, which is in FP32. That is as many reductions as micro-batches.
+//
+// Weights are collected in the order in which the forward pass needs them, while it is under way: a layer waits for its own.
 //
 // μ is the headroom that a ring's hop-wise sum in FP8 needs: q = FP8(μ·s·g), with one shared power-of-two scale s and μ in [1/ranks, 1]. `pre` is
 // 1/ranks, `post` 1, `sqrt` 1/√ranks, and `auto` FP8-LM's: it starts at 1/√ranks, and each tensor's μ follows how many of its reduced codes saturate. It
 // is the only state of a reduction that outlives a step, and part of what a checkpoint holds; a skipped step leaves it alone.
 #pragma once
-#include "core/params.h"     // Param, ParamTable
+#include "core/partition.h"  // buckets, parts, Param
 #include "core/profile.h"    // ProfileScope
 #include "core/transfers.cuh"  // exchanges that go on by themselves; the process group
 
@@ -82,40 +90,25 @@ static inline void require_same_everywhere(Group* g, const char* what, const cha
     free(all);
 }
 
-// ---- buckets ----
+// ---- gradients ----
 
 enum GradScaling { SCALING_PRE, SCALING_POST, SCALING_SQRT, SCALING_AUTO };
 enum GradReduce { REDUCE_RING, REDUCE_DIRECT };
 
-struct Bucket {      // tensors that travel together, in one format
-    int layer;       // as in Param; ALL_LAYERS for the vectors
-    DType accum, wire;
-    int first, count;  // of its tensors in Reduction::tensors
-    size_t elements;   // with the gaps after tensors, and a multiple of ranks · PARAM_ALIGNMENT
-    char* memory;      // (elements) of accum, later the reduced gradient
-    bool started;
-};
-
-constexpr int ALL_LAYERS = -2;
-
-struct BucketTensor {
-    int param;       // in the table
-    size_t first;    // element of the bucket
-};
-
 struct ReductionConfig {
     GradScaling scaling;
     GradReduce algorithm;
+    ZeroConfig zero;
 };
 
-// The gradients of a model: their accumulators, and their reduction over the ranks
+constexpr int ZERO_2_LAYERS = 2;  // whose gradients are there at a time: one is computed while the one above it is sent
+
+// What travels between the ranks: the gradients of a model, their accumulators and their reduction; and the weights on their way back
 struct Reduction {
     ReductionConfig config;
     Group* group;
     ParamTable* table;
-    Bucket* buckets;
-    int bucket_count;
-    BucketTensor* tensors;
+    Partition partition;
     int quantised;             // tensors that travel in FP8
     int scale_row;             // the most of them in one bucket, rounded up so that a row of scales is a multiple of PART_BYTES
     // on the device, by parameter
@@ -123,9 +116,10 @@ struct Reduction {
     uint32_t* amax;            // 0 between steps
     float* accum_slots;        // (params, 4)
     float* slots;              // (params, 4) of the reduced gradients; the same array where nothing is exchanged
+    float* ring_slots;         // (params, 4) of the codes that a ring adds; the same array where those are what the optimizer reads
     float* mu;                 // outlives a step
     CodeCounts* counts;        // of this rank in this step
-    float* count_sums;         // (2, params) underflow and saturated, over the ranks
+    float* count_sums;         // (3, params) underflow, saturated and reduced codes at the maximum, over the ranks
     TensorStatistics* statistics;
     // on the device, for the bucket that is under way; what is exchanged is padded to PART_BYTES a rank
     int* tensor_params;        // the parameters of all buckets' tensors, one after the other
@@ -133,86 +127,134 @@ struct Reduction {
     float* descales;           // (ranks, scale_row)
     uint32_t* sum_amax;        // (scale_row)
     char* payload;             // (elements) of wire
-    char* received;            // direct: (ranks, part) of wire; ring: (part)
-    float* sums;               // direct: (part)
+    char* received;            // direct: (ranks, chunk) of wire; ring: (the largest part)
+    float* sums;               // direct: (chunk), where they are not written where they stay
+    float* regrouped;          // direct, ZeRO 2, whole tensors: (part) sums, before they are added
     // what is under way
     Transfer transfer;
     Stream stream;
     Event ready, backward_done, done;
     int *queue, queued, next, phase;
+    bool returning;            // weights are under way, not gradients
+    bool adds;                 // ZeRO 2: this is not the step's first reduction
+    int reductions;            // since the last step
     double waited;             // seconds of this step in which nothing else was done; on a GPU known after `done`
 };
 
-static inline size_t part_of(const Reduction* r, const Bucket* b) { return b->elements / (size_t)r->group->size; }
-static inline Param* bucket_param(const Reduction* r, const Bucket* b, int k) { return &r->table->items[r->tensors[b->first + k].param]; }
+static inline size_t chunk_of(const Reduction* r, const Bucket* b) { return b->elements / (size_t)r->group->size; }
+static inline Param* bucket_param(const Reduction* r, const Bucket* b, int k) { return &r->table->items[r->partition.tensors[b->first + k].param]; }
 // Its accumulators hold what is sent: nothing is quantised
 static inline bool sent_as_it_is(const Bucket* b) { return b->wire == b->accum && !is_fp8(b->wire); }
 static inline char* payload_of(const Reduction* r, const Bucket* b) { return sent_as_it_is(b) ? b->memory : r->payload; }
 static inline CommOperation counted_as(const Bucket* b, CommOperation op) { return b->layer == ALL_LAYERS ? VECTORS : op; }
 static inline bool exchanges(const Reduction* r) { return r->group->size > 1; }
 static inline bool sends_fp8(const Reduction* r) { return exchanges(r) && r->quantised > 0; }
+static inline int zero_level(const Reduction* r) { return r->partition.zero.level; }
+static inline bool is_direct(const Reduction* r) { return r->config.algorithm == REDUCE_DIRECT; }
+// The parts by owners, in bytes of `type`
+static inline Parts parts_of(const Reduction* r, const Bucket* b, DType type) {
+    size_t bytes = (size_t)dtype_bytes(type);
+    return b->whole ? cut_parts(b->cuts, bytes) : equal_parts(chunk_of(r, b) * bytes);
+}
+// ZeRO 2: layers take turns in the same memory
+static inline bool takes_turns(const Reduction* r, const Bucket* b) { return zero_level(r) == 2 && b->layer >= 0; }
+// The reduced gradient is an FP32 array of this rank's part alone
+static inline bool reduced_in_fp32(const Reduction* r) { return zero_level(r) == 2 || (zero_level(r) == 1 && is_direct(r)); }
 
-// Sorts the table's tensors into buckets, in its order: those of a layer that have one format, and all vectors.
 static inline void reduction_plan(Reduction* r, Group* group, ParamTable* table, ReductionConfig config) {
     *r = Reduction{};
     r->group = group;
     r->table = table;
     r->config = config;
-    size_t n = (size_t)table->count;
-    r->buckets = (Bucket*)host_alloc(n * sizeof(Bucket));
-    r->tensors = (BucketTensor*)host_alloc(n * sizeof(BucketTensor));
-    r->queue = (int*)host_alloc(n * sizeof(int));
-    int* bucket_of = (int*)host_alloc(n * sizeof(int));
     for (int i = 0; i < table->count; i++) {
         const Param* p = &table->items[i];
         if (dtype_bytes(p->wire) > dtype_bytes(p->accum)) {
             die("gradient of %s: added up in %s, sent in %s, which is wider", p->name, dtype_names[p->accum], dtype_names[p->wire]);
         }
-        int layer = p->format_class == VECTOR ? ALL_LAYERS : p->layer, k = 0;
-        while (k < r->bucket_count && (r->buckets[k].layer != layer || r->buckets[k].accum != p->accum || r->buckets[k].wire != p->wire)) { k++; }
-        if (k == r->bucket_count) { r->buckets[r->bucket_count++] = Bucket{layer, p->accum, p->wire, 0, 0, 0, NULL, false}; }
-        bucket_of[i] = k;
         r->quantised += is_fp8(p->wire);
     }
-    int at = 0;
-    for (int k = 0; k < r->bucket_count; k++) {
-        Bucket* b = &r->buckets[k];
-        b->first = at;
-        for (int i = 0; i < table->count; i++) {
-            if (bucket_of[i] != k) { continue; }
-            r->tensors[at++] = BucketTensor{i, b->elements};
-            b->elements += round_up(param_elements(&table->items[i]), PARAM_ALIGNMENT);
-        }
-        b->count = at - b->first;
+    partition_build(&r->partition, table, group->rank, group->size, config.zero);
+    r->queue = (int*)host_alloc((size_t)table->count * sizeof(int));
+    for (int k = 0; k < r->partition.bucket_count; k++) {
+        const Bucket* b = &r->partition.buckets[k];
         if (is_fp8(b->wire)) { r->scale_row = max_of(r->scale_row, round_up(b->count, (int)(PART_BYTES / sizeof(float)))); }
-        b->elements = round_up(b->elements, PARAM_ALIGNMENT * (size_t)group->size);
     }
-    free(bucket_of);
+}
+
+// What an array of a bucket's gradients takes while they are added up, and reduced
+static inline size_t accumulator_bytes(const Reduction* r, const Bucket* b) {
+    size_t reduced = zero_level(r) == 1 && is_direct(r) ? part_elements(&r->partition, b) * sizeof(float) : 0;
+    return max_of(b->elements * (size_t)dtype_bytes(b->accum), reduced);
+}
+
+// The accumulators
+static inline void allocate_accumulators(Reduction* r, Memory* memory) {
+    Partition* p = &r->partition;
+    size_t turn_bytes = 0;
+    for (int k = 0; k < p->bucket_count; k++) {
+        Bucket* b = &p->buckets[k];
+        if (takes_turns(r, b)) {
+            size_t layer = 0;
+            for (int i = 0; i < p->bucket_count; i++) { layer += p->buckets[i].layer == b->layer ? round_up(accumulator_bytes(r, &p->buckets[i]), MEMORY_ALIGNMENT) : 0; }
+            turn_bytes = max_of(turn_bytes, layer);
+        } else {
+            b->memory = (char*)memory_take(memory, GRADIENTS, accumulator_bytes(r, b), 1);
+        }
+        if (zero_level(r) == 2) { b->owned = memory_take<float>(memory, GRADIENTS, part_elements(p, b)); }
+    }
+    char* turns = (char*)memory_take(memory, GRADIENTS, ZERO_2_LAYERS * turn_bytes, 1);
+    for (int k = 0; memory->committed && k < p->bucket_count; k++) {
+        Bucket* b = &p->buckets[k];
+        if (!takes_turns(r, b)) { continue; }
+        b->memory = turns + (size_t)(b->layer % ZERO_2_LAYERS) * turn_bytes;
+        for (int i = 0; i < k; i++) { b->memory += p->buckets[i].layer == b->layer ? round_up(accumulator_bytes(r, &p->buckets[i]), MEMORY_ALIGNMENT) : 0; }
+    }
+}
+
+// Tells the parameters where their gradients lie
+static inline void place_gradients(Reduction* r, bool committed) {
+    const Partition* p = &r->partition;
+    for (int k = 0; k < p->bucket_count; k++) {
+        const Bucket* b = &p->buckets[k];
+        for (int i = 0; i < b->count; i++) {
+            int t = p->tensors[b->first + i].param;
+            size_t first = p->tensors[b->first + i].first;
+            Param* q = &r->table->items[t];
+            q->grad_dtype = !exchanges(r) ? b->accum : reduced_in_fp32(r) ? FP32 : b->wire;
+            if (!committed) { continue; }
+            q->accumulator = advance(b->memory, b->accum, first);
+            size_t kept = first + q->own_first - (reduced_in_fp32(r) && q->own_count > 0 ? part_begin(p, b) : 0);
+            q->grad = advance(zero_level(r) == 2 ? (char*)b->owned : b->memory, q->grad_dtype, q->own_count > 0 ? kept : 0);
+            q->accum_slot = r->accum_slots + 4 * t;
+            q->grad_slot = r->slots + 4 * t;
+        }
+    }
 }
 
 // The accumulators, and what the exchanges work in. Dry and for real (memory.h).
 static inline void reduction_allocate(Reduction* r, Memory* memory) {
+    const Partition* p = &r->partition;
     size_t params = (size_t)r->table->count, ranks = (size_t)r->group->size, row = (size_t)r->scale_row;
-    size_t payload = 0, received = 0, sums = 0;
-    for (int k = 0; k < r->bucket_count; k++) {
-        Bucket* b = &r->buckets[k];
-        size_t wire = b->elements * (size_t)dtype_bytes(b->wire);
-        payload = max_of(payload, sent_as_it_is(b) ? 0 : wire);
-        received = max_of(received, r->config.algorithm == REDUCE_DIRECT ? wire : wire / ranks);
-        sums = max_of(sums, part_of(r, b));
+    size_t payload = 0, received = 0, sums = 0, regrouped = 0;
+    for (int k = 0; k < p->bucket_count; k++) {
+        const Bucket* b = &p->buckets[k];
+        size_t bytes = (size_t)dtype_bytes(b->wire);
+        payload = max_of(payload, sent_as_it_is(b) ? 0 : b->elements * bytes);
+        received = max_of(received, (is_direct(r) ? b->elements : largest_part(p, b)) * bytes);
+        sums = max_of(sums, is_direct(r) && (zero_level(r) == 0 || b->whole) ? chunk_of(r, b) : 0);
+        regrouped = max_of(regrouped, is_direct(r) && zero_level(r) == 2 && b->whole ? part_elements(p, b) : 0);
     }
-    for (int k = 0; k < r->bucket_count; k++) {
-        r->buckets[k].memory = (char*)memory_take(memory, GRADIENTS, r->buckets[k].elements, (size_t)dtype_bytes(r->buckets[k].accum));
-    }
+    allocate_accumulators(r, memory);
     r->accum_slots = memory_take<float>(memory, GRADIENTS, 4 * params);
     r->amax = memory_take<uint32_t>(memory, GRADIENTS, params);
     r->slots = r->accum_slots;
     if (exchanges(r)) {
         r->slots = memory_take<float>(memory, GRADIENTS, 4 * params);
+        r->ring_slots = !is_direct(r) && reduced_in_fp32(r) ? memory_take<float>(memory, GRADIENTS, 4 * params) : r->slots;
         r->mu = memory_take<float>(memory, GRADIENTS, params);
         r->counts = memory_take<CodeCounts>(memory, GRADIENTS, params);
         r->elements = memory_take<double>(memory, GRADIENTS, params);
-        r->count_sums = memory_take<float>(memory, GRADIENTS, 2 * params);
+        r->count_sums = memory_take<float>(memory, GRADIENTS, 3 * params);
         r->statistics = memory_take<TensorStatistics>(memory, GRADIENTS, params);
         r->tensor_params = memory_take<int>(memory, COMMUNICATION, params);
         r->scales = memory_take<float>(memory, COMMUNICATION, ranks * row);
@@ -220,22 +262,10 @@ static inline void reduction_allocate(Reduction* r, Memory* memory) {
         r->sum_amax = memory_take<uint32_t>(memory, COMMUNICATION, row);
         r->payload = (char*)memory_take(memory, COMMUNICATION, payload, 1);
         r->received = (char*)memory_take(memory, COMMUNICATION, received, 1);
-        r->sums = memory_take<float>(memory, COMMUNICATION, r->config.algorithm == REDUCE_DIRECT ? sums : 0);
+        r->sums = memory_take<float>(memory, COMMUNICATION, sums);
+        r->regrouped = memory_take<float>(memory, COMMUNICATION, regrouped);
     }
-    for (int k = 0; k < r->bucket_count; k++) {
-        const Bucket* b = &r->buckets[k];
-        for (int i = 0; i < b->count; i++) {
-            int t = r->tensors[b->first + i].param;
-            size_t first = r->tensors[b->first + i].first;
-            Param* p = &r->table->items[t];
-            p->grad_dtype = exchanges(r) ? b->wire : b->accum;
-            if (!memory->committed) { continue; }
-            p->accumulator = advance(b->memory, b->accum, first);
-            p->grad = advance(b->memory, p->grad_dtype, first);
-            p->accum_slot = r->accum_slots + 4 * t;
-            p->grad_slot = r->slots + 4 * t;
-        }
-    }
+    place_gradients(r, memory->committed);
 }
 
 static inline float first_mu(GradScaling scaling, int ranks) {
@@ -244,24 +274,30 @@ static inline float first_mu(GradScaling scaling, int ranks) {
 
 // After the memory is there: everything as it is before the first step
 static inline void reduction_start_up(Reduction* r) {
+    Partition* p = &r->partition;
     int n = r->table->count;
     r->stream = urgent_stream_create();
     r->ready = event_create();
     r->backward_done = timed_event_create();
     r->done = timed_event_create();
-    size_t largest = PART_BYTES, payload_bytes = 0;
-    for (int k = 0; k < r->bucket_count; k++) {
-        Bucket* b = &r->buckets[k];
-        device_zero(b->memory, b->elements * (size_t)dtype_bytes(b->accum), r->stream);
-        size_t bytes = b->elements * (size_t)dtype_bytes(b->wire);
-        largest = max_of(largest, bytes);
+    size_t largest = PART_BYTES, payload_bytes = 0, sums = 0;
+    for (int k = 0; k < p->bucket_count; k++) {
+        Bucket* b = &p->buckets[k];
+        b->arrived = event_create();
+        device_zero(b->memory, accumulator_bytes(r, b), r->stream);
+        if (b->owned != NULL) { device_zero(b->owned, part_elements(p, b) * sizeof(float), r->stream); }
+        size_t bytes = b->elements * (size_t)dtype_bytes(b->wire), weights = zero_level(r) > 0 ? b->elements * (size_t)dtype_bytes(b->dtype) : 0;
+        bool regroups = is_direct(r) && b->whole;
+        largest = max_of(max_of(largest, bytes), max_of(weights, regroups ? max_of(chunk_of(r, b), part_elements(p, b)) * sizeof(float) : 0));
         payload_bytes = max_of(payload_bytes, sent_as_it_is(b) ? 0 : bytes);
+        sums = max_of(sums, regroups ? chunk_of(r, b) : 0);
     }
     device_zero(r->amax, (size_t)n * sizeof(uint32_t), r->stream);
     run_rows(ResetSlots{r->accum_slots}, n, r->stream);
     if (exchanges(r)) {
         largest = max_of(largest, (size_t)r->group->size * (size_t)r->scale_row * sizeof(float));
         run_rows(ResetSlots{r->slots}, n, r->stream);
+        run_rows(ResetSlots{r->ring_slots}, n, r->stream);
         device_zero(r->counts, (size_t)n * sizeof(CodeCounts), r->stream);
         float* mu = (float*)host_alloc((size_t)n * sizeof(float));
         int* params = (int*)host_alloc((size_t)n * sizeof(int));
@@ -269,12 +305,13 @@ static inline void reduction_start_up(Reduction* r) {
         for (int i = 0; i < n; i++) {
             elements[i] = (double)param_elements(&r->table->items[i]);
             mu[i] = r->config.algorithm == REDUCE_RING ? first_mu(r->config.scaling, r->group->size) : 1.0f;
-            params[i] = r->tensors[i].param;
+            params[i] = p->tensors[i].param;
         }
         copy_to_device(r->mu, mu, (size_t)n * sizeof(float), r->stream);
         copy_to_device(r->tensor_params, params, (size_t)n * sizeof(int), r->stream);
         copy_to_device(r->elements, elements, (size_t)n * sizeof(double), r->stream);
         device_zero(r->payload, payload_bytes, r->stream);  // what lies between tensors travels with them
+        device_zero(r->sums, sums * sizeof(float), r->stream);
         device_zero(r->scales, (size_t)r->group->size * (size_t)r->scale_row * sizeof(float), r->stream);
         stream_sync(r->stream);
         free(mu);
@@ -285,29 +322,15 @@ static inline void reduction_start_up(Reduction* r) {
     transfer_create(&r->transfer, r->group, largest);
 }
 
-static inline void reduction_free(Reduction* r) {
-    stream_sync(r->stream);
-    transfer_free(&r->transfer);
-    stream_destroy(r->stream);
-    event_destroy(r->ready);
-    event_destroy(r->backward_done);
-    event_destroy(r->done);
-    free(r->buckets);
-    free(r->tensors);
-    free(r->queue);
-    *r = Reduction{};
-}
-
 // ---- the reduction of a bucket ----
 
 // f(its tensor, its number in the bucket, its first element there)
 template <class F> static inline void each_tensor(const Reduction* r, const Bucket* b, F f) {
-    for (int k = 0; k < b->count; k++) { f(bucket_param(r, b, k), k, r->tensors[b->first + k].first); }
+    for (int k = 0; k < b->count; k++) { f(bucket_param(r, b, k), k, r->partition.tensors[b->first + k].first); }
 }
 
-// f(tensor, number, first element in the bucket, elements) for the stretches of this rank's part
-template <class F> static inline void each_stretch_of_part(const Reduction* r, const Bucket* b, F f) {
-    size_t begin = part_of(r, b) * (size_t)r->group->rank, end = begin + part_of(r, b);
+// f(tensor, number, first element in the bucket, elements) for the stretches that lie in [begin, end)
+template <class F> static inline void each_stretch(const Reduction* r, const Bucket* b, size_t begin, size_t end, F f) {
     each_tensor(r, b, [=](Param* p, int k, size_t first) {
         size_t from = max_of(first, begin), to = min_of(first + param_elements(p), end);
         if (from < to) { f(p, k, from, to - from); }
@@ -351,9 +374,24 @@ template <class Scale> static inline void make_payload(Reduction* r, const Bucke
     });
 }
 
+// ZeRO 2: the owned part [+]= this rank's part of what has been reduced, of `type`
+static inline void add_to_owned(Reduction* r, const Bucket* b, DType type, const void* reduced) {
+    size_t begin = part_begin(&r->partition, b);
+    each_stretch(r, b, begin, begin + part_elements(&r->partition, b), [=](Param* p, int, size_t first, size_t n) {
+        with_gradient_type(type, [&](auto d) {
+            typedef typename decltype(d)::type D;
+            bool fp8 = is_fp8(type);
+            const float* slot = r->ring_slots + 4 * (p - r->table->items);
+            run_rows(AddReduced<D>{b->owned + (first - begin), (const D*)reduced + (first - begin), fp8 ? slot : NULL,
+                                   fp8 ? r->counts + (p - r->table->items) : NULL, n, r->adds}, pieces_of(n), r->stream);
+        });
+    });
+}
+
 // One phase of the bucket that is under way; false: that was the last
 static inline bool ring_phase(Reduction* r, const Bucket* b, int phase) {
-    size_t part = part_of(r, b), part_bytes = part * (size_t)dtype_bytes(b->wire), mine = part_bytes * (size_t)r->group->rank;
+    Parts parts = parts_of(r, b, b->wire);
+    size_t mine = parts.begin(r->group->rank), part_bytes = parts.bytes(r->group->rank);
     char* payload = payload_of(r, b);
     switch (phase) {
         case 0:
@@ -363,84 +401,145 @@ static inline bool ring_phase(Reduction* r, const Bucket* b, int phase) {
             }
             return true;
         case 1:
-            if (is_fp8(b->wire)) { run_rows(RingSlots{r->slots, r->scales, r->mu, r->tensor_params + b->first}, b->count, r->stream); }
-            make_payload(r, b, [](Param* p, int) { return p->grad_slot + 1; });
-            start_ring_sum(&r->transfer, payload, r->received, part, b->wire, counted_as(b, REDUCE_SCATTER), r->stream);
+            if (is_fp8(b->wire)) { run_rows(RingSlots{r->ring_slots, r->scales, r->mu, r->tensor_params + b->first}, b->count, r->stream); }
+            make_payload(r, b, [=](Param* p, int) { return r->ring_slots + 4 * (p - r->table->items) + 1; });
+            start_ring_sum(&r->transfer, payload, r->received, parts, b->wire, counted_as(b, REDUCE_SCATTER), r->stream);
             return true;
         case 2:
+            if (zero_level(r) == 2) { add_to_owned(r, b, b->wire, payload + mine); return false; }
             if (payload != b->memory) { device_copy(b->memory + mine, payload + mine, part_bytes, r->stream); }
-            start_all_gather(&r->transfer, b->memory, part_bytes, counted_as(b, ALL_GATHER), r->stream);
+            if (zero_level(r) == 1) { return false; }
+            start_all_gather(&r->transfer, b->memory, parts, counted_as(b, ALL_GATHER), r->stream);
             return true;
         default: return false;
     }
 }
 
-static inline bool direct_phase(Reduction* r, const Bucket* b, int phase) {
-    size_t part = part_of(r, b), row = (size_t)r->scale_row, begin = part * (size_t)r->group->rank;
-    size_t part_bytes = part * (size_t)dtype_bytes(b->wire);
+// The sums of this rank's chunk into `sums`, `adds`: on top of what is there
+static inline void sum_chunk(Reduction* r, const Bucket* b, float* sums, bool adds, uint32_t* amax) {
+    size_t chunk = chunk_of(r, b), begin = chunk * (size_t)r->group->rank;
     bool fp8 = is_fp8(b->wire);
+    each_stretch(r, b, begin, begin + chunk, [=](Param*, int k, size_t first, size_t n) {
+        with_gradient_type(b->wire, [&](auto d) {
+            typedef typename decltype(d)::type D;
+            size_t at = first - begin;
+            run_rows(SumParts<D>{sums + at, amax != NULL ? amax + k : NULL, (const D*)r->received + at, fp8 ? r->descales + k : NULL, chunk, r->group->size,
+                                 r->scale_row, n, adds}, pieces_of(n), r->stream);
+        });
+    });
+}
+
+static inline bool direct_phase(Reduction* r, const Bucket* b, int phase) {
+    size_t chunk = chunk_of(r, b), row = (size_t)r->scale_row, begin = chunk * (size_t)r->group->rank;
+    size_t chunk_bytes = chunk * (size_t)dtype_bytes(b->wire);
+    bool fp8 = is_fp8(b->wire), partitioned = zero_level(r) > 0;
     float* mine = r->scales + row * (size_t)r->group->rank;
+    float* kept = zero_level(r) == 2 ? b->owned : (float*)b->memory;  // the reduced gradient, with ZeRO
     switch (phase) {
         case 0:
             if (fp8) {
                 measure_bucket(r, b, mine);
-                start_all_gather(&r->transfer, r->scales, row * sizeof(float), SCALES, r->stream);
+                start_all_gather(&r->transfer, r->scales, equal_parts(row * sizeof(float)), SCALES, r->stream);
             }
             return true;
         case 1:
             if (fp8) { run_rows(SenderDescales{r->descales, r->scales, (int)row}, r->group->size, r->stream); }
             make_payload(r, b, [=](Param*, int k) { return mine + k; });
-            start_all_to_all(&r->transfer, r->received, payload_of(r, b), part_bytes, counted_as(b, ALL_TO_ALL), r->stream);
+            start_all_to_all(&r->transfer, r->received, payload_of(r, b), chunk_bytes, counted_as(b, ALL_TO_ALL), r->stream);
             return true;
         case 2:
+            if (partitioned && !b->whole) { sum_chunk(r, b, kept, r->adds, NULL); return false; }
+            if (partitioned) {
+                sum_chunk(r, b, r->sums, false, NULL);
+                start_regroup(&r->transfer, r->adds ? r->regrouped : kept, r->sums, chunk * sizeof(float), cut_parts(b->cuts, sizeof(float)), REGROUP, r->stream);
+                return true;
+            }
             if (fp8) { device_zero(r->sum_amax, row * sizeof(uint32_t), r->stream); }
-            each_stretch_of_part(r, b, [=](Param*, int k, size_t first, size_t n) {
-                with_gradient_type(b->wire, [&](auto d) {
-                    typedef typename decltype(d)::type D;
-                    size_t at = first - begin;
-                    run_rows(SumParts<D>{r->sums + at, fp8 ? r->sum_amax + k : NULL, (const D*)r->received + at, fp8 ? r->descales + k : NULL, part,
-                                         r->group->size, (int)row, n}, pieces_of(n), r->stream);
-                });
-            });
+            sum_chunk(r, b, r->sums, false, fp8 ? r->sum_amax : NULL);
             if (fp8) { start_all_reduce_max(&r->transfer, r->sum_amax, (size_t)b->count, SCALES, r->stream); }
             return true;
         case 3:
+            if (partitioned) {
+                if (r->adds) { add_to_owned(r, b, FP32, r->regrouped); }
+                return false;
+            }
             if (fp8) { run_rows(ResultSlots{r->slots, r->sum_amax, r->tensor_params + b->first, largest_of(b->wire)}, b->count, r->stream); }
-            each_stretch_of_part(r, b, [=](Param* p, int, size_t first, size_t n) {
+            each_stretch(r, b, begin, begin + chunk, [=](Param* p, int, size_t first, size_t n) {
                 quantise(b->wire, advance(b->memory, b->wire, first), FP32, r->sums + (first - begin), NULL, p->grad_slot + 1, NULL, n, r->stream);
             });
-            start_all_gather(&r->transfer, b->memory, part_bytes, counted_as(b, ALL_GATHER), r->stream);
+            start_all_gather(&r->transfer, b->memory, equal_parts(chunk_bytes), counted_as(b, ALL_GATHER), r->stream);
             return true;
         default: return false;
     }
 }
 
+static inline bool weights_phase(Reduction* r, const Bucket* b, int phase) {
+    if (phase > 0) { return false; }
+    start_all_gather(&r->transfer, b->weights, parts_of(r, b, b->dtype), WEIGHTS_GATHER, r->stream);
+    return true;
+}
+
 // Goes on as far as it can without waiting; false: something is still under way
 static inline bool reduction_poll(Reduction* r) {
     if (r->next == r->queued) { return true; }
-    ProfileScope scope("gradient reduction");
+    ProfileScope scope(r->returning ? "weights' return" : "gradient reduction");
     while (r->next < r->queued) {
         if (!transfer_done(&r->transfer)) { return false; }
-        const Bucket* b = &r->buckets[r->queue[r->next]];
-        bool more = r->config.algorithm == REDUCE_RING ? ring_phase(r, b, r->phase++) : direct_phase(r, b, r->phase++);
-        if (!more) {
-            r->next++;
-            r->phase = 0;
-        }
+        Bucket* b = &r->partition.buckets[r->queue[r->next]];
+        int phase = r->phase++;
+        bool more = r->returning ? weights_phase(r, b, phase) : is_direct(r) ? direct_phase(r, b, phase) : ring_phase(r, b, phase);
+        if (more) { continue; }
+        event_record(b->arrived, r->stream);
+        b->under_way = false;
+        r->next++;
+        r->phase = 0;
     }
     return true;
 }
 
+// Queues the buckets of a layer
+static inline void enqueue(Reduction* r, int layer) {
+    for (int k = 0; k < r->partition.bucket_count; k++) {
+        Bucket* b = &r->partition.buckets[k];
+        if (b->layer != layer || b->started) { continue; }
+        b->started = b->under_way = true;
+        r->queue[r->queued++] = k;
+    }
+}
+
+// Whatever is launched on `compute` from here on finds what is under way of this layer arrived
+static inline void wait_for(Reduction* r, int layer, Stream compute) {
+    for (int k = 0; k < r->partition.bucket_count; k++) {
+        const Bucket* b = &r->partition.buckets[k];
+        if (b->layer != layer) { continue; }
+        while (b->under_way) {
+            if (!reduction_poll(r)) { sched_yield(); }
+        }
+        stream_wait_event(compute, b->arrived);
+    }
+}
+
+static inline void empty_queue(Reduction* r) {
+    while (!reduction_poll(r)) { sched_yield(); }
+    for (int k = 0; k < r->partition.bucket_count; k++) { r->partition.buckets[k].started = false; }
+    r->queued = r->next = r->phase = 0;
+}
+
 // ---- a step ----
+
+
+// Are gradients reduced after each micro-batch, and do each one's begin anew?
+static inline bool reduces_each(const Reduction* r) { return zero_level(r) == 2; }
+
+// Before this layer's gradients are written: what lay in their memory has been sent.
+static inline void reduction_clear_way(Reduction* r, int layer, Stream compute) {
+    if (zero_level(r) == 2) { wait_for(r, layer + ZERO_2_LAYERS, compute); }
+}
 
 // The accumulators of this layer are complete once what has been launched on `compute` is done: their buckets may start.
 static inline void reduction_start(Reduction* r, int layer, Stream compute) {
     if (!exchanges(r)) { return; }
-    for (int k = 0; k < r->bucket_count; k++) {
-        if (r->buckets[k].layer != layer || r->buckets[k].started) { continue; }
-        r->buckets[k].started = true;
-        r->queue[r->queued++] = k;
-    }
+    enqueue(r, layer);
     event_record(r->ready, compute);
     stream_wait_event(r->stream, r->ready);
     reduction_poll(r);
@@ -451,24 +550,69 @@ static inline void reduction_finish(Reduction* r, Stream compute) {
     if (!exchanges(r)) { return; }
     double start = wall_seconds();
     event_record(r->backward_done, compute);
-    for (int k = r->bucket_count - 1; k >= 0; k--) { reduction_start(r, r->buckets[k].layer, compute); }
-    while (!reduction_poll(r)) { sched_yield(); }
-    for (int k = 0; k < r->bucket_count; k++) { r->buckets[k].started = false; }
-    r->queued = r->next = r->phase = 0;
+    for (int k = r->partition.bucket_count - 1; k >= 0; k--) { reduction_start(r, r->partition.buckets[k].layer, compute); }
+    empty_queue(r);
+    r->reductions++;
     event_record(r->done, r->stream);
     stream_wait_event(compute, r->done);
-    r->waited = wall_seconds() - start;
+    r->waited += wall_seconds() - start;
 }
 
-// Seconds that the last step spent on the reduction and nothing else. On a GPU the step must be over.
+// Seconds that the last step spent on the reduction and nothing else. On a GPU the step must be over; with ZeRO 2 it is the last micro-batch's there.
 static inline double reduction_waited(const Reduction* r) {
     if (!exchanges(r) || !device_is_gpu) { return r->waited; }
     return max_of(0.0, 1e-3 * event_milliseconds(r->backward_done, r->done));
 }
 
+// After the update: the weights go from those who have updated them to all, in the order of the forward pass.
+static inline void weights_start(Reduction* r, Stream compute) {
+    if (zero_level(r) == 0) { return; }
+    r->returning = true;
+    enqueue(r, -1);
+    enqueue(r, ALL_LAYERS);
+    for (int k = 0; k < r->partition.bucket_count; k++) { enqueue(r, r->partition.buckets[k].layer); }
+    event_record(r->ready, compute);
+    stream_wait_event(r->stream, r->ready);
+    reduction_poll(r);
+}
+
+// Before a layer's weights are read on `compute`
+static inline void weights_wait(Reduction* r, int layer, Stream compute) {
+    if (r->returning) { wait_for(r, layer, compute); }
+}
+
+// All of them have been waited for, or are now
+static inline void weights_finish(Reduction* r, Stream compute) {
+    if (!r->returning) { return; }
+    for (int k = 0; k < r->partition.bucket_count; k++) { wait_for(r, r->partition.buckets[k].layer, compute); }
+    empty_queue(r);
+    r->returning = false;
+}
+
+// Before a micro-batch's backward pass. `first`: of the step.
+static inline void reduction_begin(Reduction* r, bool first, Stream compute) {
+    weights_finish(r, compute);
+    r->adds = reduces_each(r) && !first;
+    if (first) { r->waited = 0.0; }
+}
+
+static inline void reduction_free(Reduction* r) {
+    weights_finish(r, r->stream);
+    stream_sync(r->stream);
+    transfer_free(&r->transfer);
+    stream_destroy(r->stream);
+    event_destroy(r->ready);
+    event_destroy(r->backward_done);
+    event_destroy(r->done);
+    for (int k = 0; k < r->partition.bucket_count; k++) { event_destroy(r->partition.buckets[k].arrived); }
+    partition_free(&r->partition);
+    free(r->queue);
+    *r = Reduction{};
+}
+
 // ---- what it did ----
 
-struct CountsToSums {    // sums (2, params) of this rank, to be added over the ranks
+struct CountsToSums {    // sums (3, params) of this rank, to be added over the ranks
     float* sums;
     CodeCounts* counts;  // cleared for the next step
     int params;
@@ -476,24 +620,25 @@ struct CountsToSums {    // sums (2, params) of this rank, to be added over the 
         if (!team.leads()) { return; }
         sums[i] = (float)counts[i].underflow;
         sums[params + i] = (float)counts[i].saturated;
-        counts[i] = CodeCounts{0, 0};
+        sums[2 * params + i] = (float)counts[i].reduced;
+        counts[i] = CodeCounts{0, 0, 0};
     }
 };
 
 struct UpdateMu {
     TensorStatistics* statistics;
     float* mu;
-    const float* sums;        // (2, params) over the ranks
-    const double* top_codes;  // reduced codes at the maximum
+    const float* sums;        // (3, params) over the ranks
+    const double* top_codes;  // reduced codes at the maximum; NULL: they are in `sums`
     const double* elements;
     const int* apply;         // points to 0 where the step was skipped: then the headroom stays
-    int params, ranks;
+    int params, ranks, reductions;
     bool ring, automatic;
     template <class Team> DEVICE void operator()(Team team, int i) const {
         if (!team.leads()) { return; }
-        double n = elements[i], all = n * ranks;
-        if (automatic && *apply != 0) { mu[i] = next_mu(mu[i], top_codes[i], n, ranks); }
-        statistics[i] = TensorStatistics{(float)((double)sums[i] / all), (float)(ring ? top_codes[i] / n : (double)sums[params + i] / all), mu[i]};
+        double n = elements[i] * reductions, all = n * ranks, tops = top_codes != NULL ? top_codes[i] : (double)sums[2 * params + i];
+        if (automatic && *apply != 0) { mu[i] = next_mu(mu[i], tops, n, ranks); }
+        statistics[i] = TensorStatistics{(float)((double)sums[i] / all), (float)(ring ? tops / n : (double)sums[params + i] / all), mu[i]};
     }
 };
 
@@ -501,7 +646,7 @@ struct UpdateMu {
 static inline void reduction_count(Reduction* r, Stream compute) {
     if (!sends_fp8(r)) { return; }
     run_rows(CountsToSums{r->count_sums, r->counts, r->table->count}, r->table->count, compute);
-    all_reduce_sum(r->group, r->count_sums, 2 * (size_t)r->table->count, compute);
+    all_reduce_sum(r->group, r->count_sums, 3 * (size_t)r->table->count, compute);
 }
 
 // After the decision, and the norm, which has counted each parameter's reduced codes at the maximum: the statistics of the step, and the headroom of the
@@ -509,6 +654,7 @@ static inline void reduction_count(Reduction* r, Stream compute) {
 static inline void reduction_adapt(Reduction* r, const double* top_codes, const int* apply, Stream compute) {
     if (!sends_fp8(r)) { return; }
     bool ring = r->config.algorithm == REDUCE_RING;
-    run_rows(UpdateMu{r->statistics, r->mu, r->count_sums, top_codes, r->elements, apply, r->table->count, r->group->size, ring,
-                      ring && r->config.scaling == SCALING_AUTO}, r->table->count, compute);
+    run_rows(UpdateMu{r->statistics, r->mu, r->count_sums, reduces_each(r) ? NULL : top_codes, r->elements, apply, r->table->count, r->group->size, r->reductions,
+                      ring, ring && r->config.scaling == SCALING_AUTO}, r->table->count, compute);
+    r->reductions = 0;
 }

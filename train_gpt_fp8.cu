@@ -64,7 +64,8 @@ struct Args {
     StateFormat master_dtype = STATE_FP32, m_dtype = STATE_FP32, v_dtype = STATE_FP32;
     OptBlock opt_block = BLOCK_TENSOR;
     Rounding master_rounding = NEAREST, moment_rounding = NEAREST;
-    int64_t recompute = 1;
+    int64_t recompute = 1, zero = 1;
+    ZeroSplit zero_split = SPLIT_FLAT;
     int64_t val_every = 250, val_batches = 20, sample_every = 0, sample_len = 64;
     int64_t seed = 1337;
     bool staged = false, profile = false, log_tensors = false;
@@ -120,7 +121,6 @@ static const RefusedFlag refused_flags[] = {
     {"pi", "processes find each other through MPI: mpirun"},
     {"pf", "processes find each other through MPI: mpirun"},
     {"ps", "processes find each other through MPI: mpirun --host"},
-    {"z", "optimizer states are kept whole on every rank; leave the flag out"},
     {"n", "this version writes no checkpoints; leave the flag out"},
     {"nk", "this version writes no checkpoints; leave the flag out"},
     {"y", "this version writes no checkpoints to go on from; leave the flag out"},
@@ -176,6 +176,8 @@ static void option_table(OptionTable* t, Args* a) {
         option_choice("opt-block", NULL, &a->opt_block, "0|128", "N", "elements that share a scale of these states; 0: all of a tensor"),
         option_choice("master-rounding", NULL, &a->master_rounding, "nearest|stochastic", "R", "of master weights below FP32"),
         option_choice("moment-rounding", NULL, &a->moment_rounding, "nearest|stochastic", "R", "of moments below FP32"),
+        option_int("zero", "z", &a->zero, 0, 2, "N", "what the ranks divide between them: 0 nothing, 1 optimizer states, 2 gradients too"),
+        option_choice("zero-split", NULL, &a->zero_split, "tensor|flat", "S", "tensor: matrices whole, as in the paper; flat: all tensors in equal parts", "by --recipe"),
         option_int("recompute", "r", &a->recompute, 0, 2, "N", "in backward again instead of kept: 0 nothing, 1 GELU, 2 GELU and LayerNorm"),
         option_group("Output"),
         option_string("output-dir", "o", &a->output_dir, 1, "DIR", "folder of log.jsonl"),
@@ -470,13 +472,14 @@ static void linear_forward(Model* m, void* y, Tensor x, const Param* w, const Pa
     ProfileScope scope("matmul forward");
     MatmulCall c = linear_call(m, y, x, w, b, rows);
     matmul(&m->matmul, &c, m->stream);
+    reduction_poll(&m->reduction);  // on a CPU nobody else makes the exchanges go on
 }
 static void linear_backward(Model* m, void* dx, Tensor dy, Tensor x, const Param* w, int rows, bool accumulate) {
     ProfileScope scope("matmul backward");
     MatmulCall input = linear_input_call(m, dx, dy, w, rows);
     matmul(&m->matmul, &input, m->stream);
     weight_gradient(m, w, dy, x, rows, accumulate, 0);
-    reduction_poll(&m->reduction);  // on a CPU nobody else makes the exchanges go on
+    reduction_poll(&m->reduction);
 }
 
 // The workspace of every matmul that a run makes: training on (B, T), sampling on (1, T)
@@ -529,16 +532,13 @@ static void model_allocate(Model* m, Memory* memory) {
     size_t C = (size_t)c->width, rows = (size_t)rows_of(m), act = (size_t)dtype_bytes(c->act);
     // weights
     float* slot = memory_take<float>(memory, WEIGHTS, 4 * (size_t)m->params.count);
-    bool fp32 = c->act == FP32;
-    float* flat = fp32 ? memory_take<float>(memory, WEIGHTS, m->params.elements) : NULL;
     for (int i = 0; i < m->params.count; i++) {
         Param* p = &m->params.items[i];
-        if (fp32) { p->weight = memory->committed ? flat + p->offset : NULL; continue; }
-        p->weight = memory_take(memory, WEIGHTS, param_elements(p), (size_t)dtype_bytes(p->dtype));
         p->slot = is_fp8(p->dtype) && memory->committed ? slot + 4 * i : NULL;
     }
+    partition_allocate_weights(&m->reduction.partition, memory);
     reduction_allocate(&m->reduction, memory);
-    optimizer_allocate(&m->optimizer, &m->params, fp32, flat, memory);
+    optimizer_allocate(&m->optimizer, &m->params, c->act == FP32, memory);
     // scaling state
     m->sites.count = c->fp8 ? c->layers * SITES_PER_LAYER : 0;
     size_t sites = (size_t)m->sites.count;
@@ -626,6 +626,8 @@ static void model_plan(Model* m, const GptConfig* config, Group* group, Memory* 
     set_training_formats(m);
     m->optimizer.config = config->optimizer;
     reduction_plan(&m->reduction, group, &m->params, config->reduction);
+    m->optimizer.group = group;
+    m->optimizer.partitioned = zero_level(&m->reduction) > 0;
     m->stream = stream_create();
     m->record = (StepRecord*)pinned_alloc(sizeof(StepRecord));
     m->statistics = (TensorStatistics*)pinned_alloc((size_t)m->params.count * sizeof(TensorStatistics));
@@ -695,17 +697,12 @@ static void model_set_weights(Model* m, Group* group, const LlmcModel* file) {
     for (int i = 0; i < m->params.count; i++) {
         Param* p = &m->params.items[i];
         if (file != NULL) { llmc_read(values, file, p); } else { param_initialise(values, p, m->config.seed); }
+        host_broadcast(group, values, param_elements(p) * sizeof(float), 0);  // nodes may differ in their files, or in libm's last bit
         optimizer_set_master(p, values, m->stream);
     }
     free(values);
-    for (int i = 0; i < m->params.count; i++) {  // nodes may differ in their files, or in libm's last bit
-        const OptimizerTensor* t = &m->params.items[i].master;
-        size_t n = param_elements(&m->params.items[i]);
-        broadcast(group, t->data, n * (size_t)dtype_bytes(t->dtype), 0, m->stream);
-        if (t->slot != NULL) { broadcast(group, t->slot, 4 * sizeof(float), 0, m->stream); }
-        if (t->exponents != NULL) { broadcast(group, t->exponents, ceil_div(n, (size_t)STATE_BLOCK), 0, m->stream); }
-    }
     optimizer_cast_weights(&m->optimizer, &m->params, m->stream);
+    weights_start(&m->reduction, m->stream);
 }
 
 // ---- forward ----
@@ -766,6 +763,8 @@ static void forward(Model* m, int B, Purpose purpose) {
     int C = c->width, rows = B * c->T;
     Stream s = m->stream;
     void* x = m->layers[0].residual;
+    weights_wait(&m->reduction, -1, s);
+    weights_wait(&m->reduction, ALL_LAYERS, s);
     {
         ProfileScope scope("embedding forward");
         with_type(c->act, [&](auto t) {
@@ -776,6 +775,7 @@ static void forward(Model* m, int B, Purpose purpose) {
     const void* delta = NULL;
     for (int l = 0; l < c->layers; l++) {
         Layer* y = &m->layers[l];
+        weights_wait(&m->reduction, l, s);
         layernorm_forward(y->x_qkv, layernorm_1(y, x, delta), c->act, site_of(m, l, X_QKV, purpose), m->wide, rows, C, s);
         linear_forward(m, y->qkv, y->x_qkv, y->qkvw, y->qkvb, rows);
         void* out = y->fp8 ? m->narrow : y->x_proj.data;
@@ -789,6 +789,7 @@ static void forward(Model* m, int B, Purpose purpose) {
         x = y->residual_mid;
         delta = m->delta;
     }
+    weights_wait(&m->reduction, c->layers, s);
     Tensor out = {m->narrow, c->act, NULL};
     layernorm_forward(out, LayerNormInputs{m->residual_final, x, delta, m->lnfw->weight, m->lnfb->weight, m->meanf, m->rstdf}, c->act, Quantisation{},
                       NULL, rows, C, s);
@@ -833,8 +834,8 @@ static void layernorm_backward_of(Model* m, const Param* gain, const Param* bias
                        m->stream);
 }
 
-// Gradients of all parameters from m->delta, the gradient of the final LayerNorm's output. `accumulate`: not the first micro-batch of the step. `last`:
-// the last one: gradients that are complete start on their way between the ranks.
+// Gradients of all parameters from m->delta, the gradient of the final LayerNorm's output. `accumulate`: on top of those of earlier micro-batches. `last`:
+// no micro-batch will be added to them: gradients that are complete start on their way between the ranks.
 static void backward(Model* m, int B, bool accumulate, bool last) {
     const GptConfig* c = &m->config;
     int C = c->width, rows = B * c->T;
@@ -844,6 +845,7 @@ static void backward(Model* m, int B, bool accumulate, bool last) {
                           true, accumulate);
     for (int l = c->layers - 1; l >= 0; l--) {
         Layer* y = &m->layers[l];
+        reduction_clear_way(&m->reduction, l, s);
         LayerNormInputs ln1 = layernorm_1(y, y->residual, NULL), ln2 = layernorm_2(y, y->residual_mid, NULL);
         // second linear layer of the block, GELU, the first
         Tensor dy = output_gradient(m, l, DY_FCPROJ, m->dresidual, y->fcprojb, rows, accumulate);
@@ -959,18 +961,24 @@ static void micro_step(Model* m, HostBatch* batch, int index, bool last, float w
     upload_batch(m, batch, rows_of(m), TRAIN);
     if (index == 0) { device_zero(m->loss_total, sizeof(double), m->stream); }
     forward(m, B, TRAIN);
-    head_loss(m, B, true, weight, index > 0);
-    backward(m, B, index > 0, last);
+    Reduction* r = &m->reduction;
+    bool each = reduces_each(r), accumulate = index > 0 && !each;
+    reduction_begin(r, index == 0, m->stream);
+    head_loss(m, B, true, weight, accumulate);
+    backward(m, B, accumulate, last || each);
+    if (each || last) {
+        ProfileScope scope("gradient reduction");
+        reduction_finish(r, m->stream);
+    }
     m->micro_steps++;
 }
 
-// The reduction of the gradients comes to its end, and the optimizer decides and steps. Its record arrives by itself.
+// After the last micro-batch, whose gradients are reduced: the optimizer decides and steps. Its record arrives by itself.
 static void finish_step(Model* m, Group* group, const StepSettings* settings, float weight) {
     Reduction* r = &m->reduction;
     run_rows(FinishLoss{m->loss_mean, m->loss_total, (double)weight}, 1, m->stream);
     {
         ProfileScope scope("gradient reduction");
-        reduction_finish(r, m->stream);
         reduction_count(r, m->stream);
         all_reduce_sum(group, m->loss_mean, 1, m->stream);
         if (m->sites.count > 0) { all_reduce_max(group, (float*)m->sites.amax, (size_t)m->sites.count, m->stream); }
@@ -978,6 +986,7 @@ static void finish_step(Model* m, Group* group, const StepSettings* settings, fl
     optimizer_decide(&m->optimizer, &m->params, r->slots, m->loss_mean, settings->rules, m->stream);
     reduction_adapt(r, m->optimizer.tops, &m->optimizer.state->apply, m->stream);
     optimizer_update(&m->optimizer, &m->params, settings->rates, settings->weight_decay, m->stream);
+    weights_start(r, m->stream);
     if (sends_fp8(r)) { copy_to_pinned(m->statistics, r->statistics, (size_t)m->params.count * sizeof(TensorStatistics), m->stream); }
     copy_to_pinned(m->record, &m->optimizer.state->record, sizeof(StepRecord), m->stream);
     event_record(m->record_ready, m->stream);
@@ -1149,7 +1158,11 @@ static void resolve_gradients(Run* r) {
 #endif
     c->accum_rounding = a->grad_accum_rounding;
     c->embeddings_as_matrices = a->recipe == RECIPE_FP8;
-    c->reduction = ReductionConfig{a->grad_scaling, a->grad_reduce};
+    set_default(o, &a->zero_split, a->recipe == RECIPE_FP8_LM ? SPLIT_TENSOR : SPLIT_FLAT);
+    if (option_given(o, &a->zero_split) && a->zero == 0) {
+        bad_input("--zero-split says how --zero 1 and 2 divide tensors, and --zero 0 divides none; leave one of them out");
+    }
+    c->reduction = ReductionConfig{a->grad_scaling, a->grad_reduce, ZeroConfig{(int)a->zero, a->zero_split}};
 }
 
 // What the optimizer keeps, from the recipe and the explicit flags
@@ -1384,7 +1397,8 @@ static bool is_unused(const Run* r, const Option* o) {
     const GptConfig* c = &r->config;
     const Args* a = &r->args;
     bool sent = r->group.size > 1, ring = is_fp8(c->wire) && c->reduction.algorithm == REDUCE_RING;
-    if (o->value == &a->grad_dtype || o->value == &a->grad_reduce) { return !sent; }
+    if (o->value == &a->grad_dtype || o->value == &a->grad_reduce || o->value == &a->zero) { return !sent; }
+    if (o->value == &a->zero_split) { return !sent || a->zero == 0; }
     return (o->value == &a->grad_scaling && !(sent && ring)) || (o->value == &a->grad_accum_rounding && c->accum == FP32);
 }
 

@@ -44,14 +44,15 @@ struct World {
 
 enum Transport { ALONE, OVER_MPI, OVER_MPI_STAGED, OVER_NCCL };
 
-// What bytes are counted under: the operation, but exchanges of scales and the gradients of vectors by themselves
+// What bytes are counted under: the operation, but exchanges of scales, the gradients of vectors, and weights by themselves
 enum CommOperation {
-    ALL_REDUCE_SUM, ALL_REDUCE_MAX, SCALES, VECTORS, REDUCE_SCATTER, ALL_TO_ALL, ALL_GATHER, BROADCAST, HOST_ALL_REDUCE_SUM, HOST_ALL_GATHER, COMM_OPERATIONS
+    ALL_REDUCE_SUM, ALL_REDUCE_MAX, SCALES, VECTORS, REDUCE_SCATTER, ALL_TO_ALL, REGROUP, ALL_GATHER, WEIGHTS_GATHER, BROADCAST, HOST_BROADCAST,
+    HOST_ALL_REDUCE_SUM, HOST_ALL_GATHER, COMM_OPERATIONS
 };
 
 static const char* const comm_names[COMM_OPERATIONS] = {
-    "all_reduce_sum", "all_reduce_max", "scales", "vectors", "reduce_scatter", "all_to_all", "all_gather", "broadcast", "host_all_reduce_sum",
-    "host_all_gather"
+    "all_reduce_sum", "all_reduce_max", "scales", "vectors", "reduce_scatter", "all_to_all", "regroup", "all_gather", "weights", "broadcast",
+    "host_broadcast", "host_all_reduce_sum", "host_all_gather"
 };
 
 constexpr size_t COMM_BROADCAST_BYTES = 16 * 1024 * 1024;   // a broadcast is cut into these: MPI counts with int
@@ -398,6 +399,19 @@ static inline void host_all_gather(Group* g, void* out, const void* mine, size_t
     if (bytes > INT_MAX) { die("host_all_gather: %zu bytes a rank; %d are the most", bytes, INT_MAX); }
     MPI_CHECK(MPI_Allgather(mine, (int)bytes, MPI_BYTE, out, (int)bytes, MPI_BYTE, g->comm));
     g->bytes_sent[HOST_ALL_GATHER] += (uint64_t)bytes * ((uint64_t)g->size - 1);
+#endif
+}
+
+// Everyone gets root's bytes of host memory. Counted as one copy to each other rank, sent by root.
+static inline void host_broadcast(Group* g, void* data, size_t bytes, int root) {
+    if (g->transport == ALONE) { return; }
+    if (g->rank == root) { g->bytes_sent[HOST_BROADCAST] += (uint64_t)bytes * ((uint64_t)g->size - 1); }
+#ifdef USE_MPI
+    for (size_t i = 0; i < bytes; i += COMM_BROADCAST_BYTES) {
+        MPI_CHECK(MPI_Bcast((char*)data + i, (int)min_of(COMM_BROADCAST_BYTES, bytes - i), MPI_BYTE, root, g->comm));
+    }
+#else
+    (void)data;
 #endif
 }
 

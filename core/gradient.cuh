@@ -159,7 +159,8 @@ DEVICE bool is_top_code(e5m2 x) { return (x.bits & 0x7f) == LayoutE5M2::MAX; }
 DEVICE bool is_top_code(bf16) { return false; }  // overflow is inf there
 DEVICE bool is_top_code(float) { return false; }
 
-struct CodeCounts { uint32_t underflow, saturated; };  // non-zero values whose code is 0; codes at the maximum
+// Non-zero values whose code is 0, and codes at the maximum, of those sent; codes at the maximum of those reduced, where nothing else counts them
+struct CodeCounts { uint32_t underflow, saturated, reduced; };
 
 template <class D, class A> struct QuantiseGradient {  // codes = D(x·descale·scale); counts += those of this tensor
     D* codes;
@@ -261,6 +262,7 @@ template <class D> struct SumParts {  // sums = ((part_0·d_0 + part_1·d_1) + �
     size_t stride;
     int ranks, descale_stride;
     size_t elements;
+    bool add;               // to what is in sums, which then comes first
     template <class Team> DEVICE void operator()(Team team, int piece) const {
         size_t first = (size_t)piece * PIECE, step = stride;
         float* out = sums + first;
@@ -269,7 +271,8 @@ template <class D> struct SumParts {  // sums = ((part_0·d_0 + part_1·d_1) + �
         const float* d = descales;
         auto descale = [=](int r) { return d != NULL ? d[(size_t)r * d_step] : 1.0f; };
         float k0 = descale(0);
-        team.each(n, [=](auto c) { store(out, c, load(p, c) * k0); });  // each thread of a Team meets its own elements again
+        if (add) { team.each(n, [=](auto c) { store(out, c, load(out, c) + load(p, c) * k0); }); }
+        else { team.each(n, [=](auto c) { store(out, c, load(p, c) * k0); }); }  // each thread of a Team meets its own elements again
         int r = 1;
         for (; r + 4 <= count; r += 4) {  // four at a time: the running sum is read and written less often
             const D* q = p + (size_t)r * step;
@@ -286,6 +289,33 @@ template <class D> struct SumParts {  // sums = ((part_0·d_0 + part_1·d_1) + �
         }
         uint32_t top = amax != NULL ? team.amax(n, [=](auto c) { return load(out, c); }) : 0;
         if (amax != NULL && team.leads()) { atomic_max(amax, top); }
+    }
+};
+
+template <class D> struct AddReduced {  // sum = [sum] + codes·descale; *counts += codes at the maximum
+    float* sum;
+    const D* codes;
+    const float* descale;   // NULL = 1
+    CodeCounts* counts;     // NULL: not wanted
+    size_t elements;
+    bool add;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        size_t first = (size_t)piece * PIECE;
+        float* ps = sum + first;
+        const D* pc = codes + first;
+        float k = descale != NULL ? *descale : 1.0f;
+        int n = piece_length(elements, first);
+        if (add) { team.each(n, [=](auto c) { store(ps, c, load(ps, c) + load(pc, c) * k); }); }
+        else { team.each(n, [=](auto c) { store(ps, c, load(pc, c) * k); }); }
+        if (counts == NULL) { return; }
+        auto found = team.sum_pair(n, [=](auto c) { return top_codes(load_raw(pc, c)); });
+        if (team.leads()) { atomic_add(&counts->reduced, (uint32_t)found.b.v[0]); }
+    }
+    template <int N> static DEVICE VecPair<N> top_codes(Raw<D, N> r) {
+        VecPair<N> found = {};
+        UNROLL
+        for (int k = 0; k < N; k++) { found.b.v[k] = is_top_code(r.e[k]) ? 1.0f : 0.0f; }
+        return found;
     }
 };
 

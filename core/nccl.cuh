@@ -113,6 +113,42 @@ static inline void nccl_all_to_all(ncclComm_t comm, void* received, const void* 
     NCCL_CALL(comm, ncclGroupEnd());
 }
 
+// Parts of unequal sizes; part r is bytes [begin(r), begin(r + 1)) of an array. Each goes from, or to, the rank that it belongs to.
+template <class Begin> static inline void nccl_all_gather_parts(ncclComm_t comm, void* data, Begin begin, int size, Stream stream) {
+    nccl_check(ncclGroupStart(), comm, "ncclGroupStart", __FILE__, __LINE__);
+    for (int r = 0; r < size; r++) {
+        char* part = (char*)data + begin(r);
+        if (begin(r + 1) == begin(r)) { continue; }
+        nccl_check(ncclBroadcast(part, part, begin(r + 1) - begin(r), ncclUint8, r, comm, stream), comm, "ncclBroadcast", __FILE__, __LINE__);
+    }
+    NCCL_CALL(comm, ncclGroupEnd());
+}
+template <class Begin> static inline void nccl_reduce_parts(ncclComm_t comm, void* data, Begin begin, DType type, int size, Stream stream) {
+    nccl_check(ncclGroupStart(), comm, "ncclGroupStart", __FILE__, __LINE__);
+    for (int r = 0; r < size; r++) {
+        char* part = (char*)data + begin(r);
+        size_t n = (begin(r + 1) - begin(r)) / (size_t)dtype_bytes(type);
+        if (n == 0) { continue; }
+        nccl_check(ncclReduce(part, part, n, nccl_type(type), ncclSum, r, comm, stream), comm, "ncclReduce", __FILE__, __LINE__);
+    }
+    NCCL_CALL(comm, ncclGroupEnd());
+}
+// received: at received_at(r) what rank r has for us, received_bytes(r); sent: at sent_at(r) what we have for rank r, sent_bytes(r)
+template <class SentAt, class SentBytes, class ReceivedAt, class ReceivedBytes>
+static inline void nccl_exchange(ncclComm_t comm, void* received, const void* sent, SentAt sent_at, SentBytes sent_bytes, ReceivedAt received_at,
+                                 ReceivedBytes received_bytes, int size, Stream stream) {
+    nccl_check(ncclGroupStart(), comm, "ncclGroupStart", __FILE__, __LINE__);
+    for (int r = 0; r < size; r++) {
+        if (sent_bytes(r) > 0) {
+            nccl_check(ncclSend((const char*)sent + sent_at(r), sent_bytes(r), ncclUint8, r, comm, stream), comm, "ncclSend", __FILE__, __LINE__);
+        }
+        if (received_bytes(r) > 0) {
+            nccl_check(ncclRecv((char*)received + received_at(r), received_bytes(r), ncclUint8, r, comm, stream), comm, "ncclRecv", __FILE__, __LINE__);
+        }
+    }
+    NCCL_CALL(comm, ncclGroupEnd());
+}
+
 static inline void nccl_broadcast(ncclComm_t comm, void* data, size_t bytes, int root, Stream stream) {
     NCCL_CALL(comm, ncclBroadcast(data, data, bytes, ncclUint8, root, comm, stream));
 }

@@ -1,8 +1,8 @@
 // params.h: the one table of parameters: the only description of what a model is made of.
 //
 // It is built once from the configuration. Initialisation, allocation, the optimizer, reduction, import and export all walk it, so a tensor that is
-// added to the table exists everywhere. The order is that of the forward pass, a layer's tensors side by side: a layer is then one stretch of the
-// flat FP32 arrays (gradients, master weights, moments), and a bucket of the gradient reduction.
+// added to the table exists everywhere. The order is that of the forward pass. Which tensors travel together, and which rank keeps their states, is
+// partition.h's part: by itself a table is one rank's, who keeps everything.
 #pragma once
 #include "memory.h"
 
@@ -11,13 +11,13 @@ enum FormatClass { MATRIX, EMBEDDING, VECTOR };
 
 constexpr int STATE_BLOCK = 128;  // elements of an optimizer state that share an exponent, where blocks have scales of their own
 
-// Master weight, first or second moment of a parameter, (rows, cols) on the device. FP16 and FP8 are values times a power of two: one a tensor, in a slot
+// Master weight, first or second moment of what this rank keeps of a parameter, (own_count) on the device. FP16 and FP8 are values times a power of two: one a tensor, in a slot
 // as gradients have it, or one a block.
 struct OptimizerTensor {
     DType dtype;
     void* data;
     float* slot;         // {descale, scale, previous descale, 0}; NULL: not scaled by tensor
-    int8_t* exponents;   // (ceil(elements / STATE_BLOCK)) codes are values · 2^exponent; NULL: not scaled by block
+    int8_t* exponents;   // (ceil(own_count / STATE_BLOCK)) codes are values · 2^exponent; NULL: not scaled by block
 };
 
 struct Param {
@@ -30,7 +30,11 @@ struct Param {
     float init_std;      // drawn from N(0, init_std²) where > 0, else set to init_value
     float init_value;
     DType dtype;         // of the weight that the forward pass reads
-    size_t offset;       // of its first element within the flat FP32 arrays, a multiple of 64
+    size_t offset;       // of its first element within all buckets together, a multiple of PARAM_ALIGNMENT
+    // what this rank keeps of it (partition.h): states and reduced gradient of the elements [own_first, own_first + own_count)
+    int owner;           // the rank that keeps it whole; -1: it is cut, or nothing is partitioned
+    size_t own_first, own_count;
+    int piece_shift;     // elements before it in its first piece of the gradient norm
     void* weight;        // (rows, cols) of dtype
     float* slot;         // FP8: {descale, scale, 0, 0}, 16-byte aligned on the device; NULL otherwise
     OptimizerTensor master, m, v;
@@ -39,18 +43,19 @@ struct Param {
     DType wire;          // its format between ranks
     DType grad_dtype;    // its format for the optimizer: `wire` where ranks exchanged it, else `accum`
     void* accumulator;   // (rows, cols) of accum
-    void* grad;          // (rows, cols) of grad_dtype, in the same memory: once it is reduced, the accumulator is gone
+    void* grad;          // (own_count) of grad_dtype: the reduced gradient of what this rank keeps. Often in the accumulator's memory, which then is gone
     float* accum_slot;   // {descale, scale, previous descale, 0} of an FP8 accumulator; of scale 1 otherwise
     float* grad_slot;    // the same of the reduced gradient
 };
 
 constexpr int MAX_PARAMS = 4096;
-constexpr size_t PARAM_ALIGNMENT = 64;  // elements: 256 bytes in FP32
+constexpr size_t PARAM_ALIGNMENT = 128;  // elements: where a tensor begins a block of an optimizer state begins
+static_assert(PARAM_ALIGNMENT % STATE_BLOCK == 0, "blocks do not straddle tensors");
 
 struct ParamTable {
     Param items[MAX_PARAMS];
     int count;
-    size_t elements;  // of the flat arrays, paddings included
+    size_t elements;  // of all together, paddings included
 };
 
 static inline size_t param_elements(const Param* p) { return (size_t)(p->rows * p->cols); }
@@ -67,6 +72,8 @@ static inline Param* param_add(ParamTable* table, const char* name, int layer, i
     p->layer = layer;
     p->decay = rows > 1;
     p->dtype = dtype;
+    p->owner = -1;
+    p->own_count = param_elements(p);
     p->offset = table->elements;
     table->elements += round_up(param_elements(p), PARAM_ALIGNMENT);
     return p;

@@ -1,7 +1,8 @@
 // transfers.cuh: exchanges between ranks that are started and go on by themselves while the device computes.
 //
-// They carry the gradients: a ring that adds (reduce-scatter), an exchange of parts (all-to-all) and their collection (all-gather), which work on an array
-// of one part a rank, each a multiple of 64 bytes; and the minimum or maximum of a few scales. All in device memory.
+// They carry gradients and weights: a ring that adds (reduce-scatter), an exchange of parts (all-to-all) and their collection (all-gather), which work on an
+// array of one part a rank, of equal parts or of others, each a multiple of 64 bytes; the step from equal parts to others (regroup); and the minimum or
+// maximum of a few scales. All in device memory.
 //
 //   NCCL          the calls go onto the stream, whose order is all that is needed: a transfer counts as done at once
 //   MPI           non-blocking MPI; `transfer_done` asks MPI how far it is, and so makes it go on: to be called between kernels
@@ -23,15 +24,28 @@
 
 constexpr size_t PART_BYTES = 64;  // a part is a multiple of this: MPI counts in it, with an int
 
+// An array of one part a rank: rank r's begins at byte begin(r) and ends at begin(r + 1)
+struct Parts {
+    size_t equal;        // bytes of each; 0: not equal, but
+    const size_t* cuts;  // (ranks + 1) of
+    size_t unit;         // bytes
+    size_t begin(int r) const { return cuts == NULL ? (size_t)r * equal : cuts[r] * unit; }
+    size_t bytes(int r) const { return begin(r + 1) - begin(r); }
+};
+static inline Parts equal_parts(size_t bytes) { return Parts{bytes, NULL, 0}; }
+static inline Parts cut_parts(const size_t* cuts, size_t unit) { return Parts{0, cuts, unit}; }
+
 struct Transfer {
     Group* group;
 #ifdef USE_MPI
+    MPI_Comm comm;             // of its own: what is under way keeps its order whatever else the ranks exchange meanwhile
     MPI_Datatype line;         // PART_BYTES bytes
     MPI_Request requests[2];   // of what is under way
     int hop;                   // of the ring, from 0; -1: no ring
-    char *ring, *received;     // (size, part), (part): host memory
-    size_t part;               // elements
+    char *ring, *received;     // (all parts), (the largest part): host memory
+    Parts parts;
     DType type;
+    int *counts, *places;      // (2, size) in lines, of parts that are not equal: sent, then received
     char* staging;             // (2, largest) pinned, where the group is staged
     size_t largest;
 #endif
@@ -43,6 +57,10 @@ static inline void transfer_create(Transfer* t, Group* group, size_t largest) {
     t->group = group;
 #ifdef USE_MPI
     if (group->transport == ALONE) { return; }
+    MPI_CHECK(MPI_Comm_dup(group->comm, &t->comm));
+    MPI_CHECK(MPI_Comm_set_errhandler(t->comm, MPI_ERRORS_RETURN));
+    t->counts = (int*)host_alloc(2 * (size_t)group->size * sizeof(int));
+    t->places = (int*)host_alloc(2 * (size_t)group->size * sizeof(int));
     MPI_CHECK(MPI_Type_contiguous((int)PART_BYTES, MPI_BYTE, &t->line));
     MPI_CHECK(MPI_Type_commit(&t->line));
     t->requests[0] = t->requests[1] = MPI_REQUEST_NULL;
@@ -58,6 +76,9 @@ static inline void transfer_free(Transfer* t) {
 #ifdef USE_MPI
     if (t->group != NULL && t->group->transport != ALONE) {
         MPI_CHECK(MPI_Type_free(&t->line));
+        MPI_CHECK(MPI_Comm_free(&t->comm));
+        free(t->counts);
+        free(t->places);
         if (t->staging != NULL) { pinned_free(t->staging); }
     }
 #endif
@@ -73,16 +94,14 @@ static inline int transfer_lines(size_t bytes) {
     return (int)(bytes / PART_BYTES);
 }
 
-static inline size_t ring_part_bytes(const Transfer* t) { return t->part * (size_t)dtype_bytes(t->type); }
 // The part that this rank sends in hop h; in it, it receives the one that it sends in hop h + 1
 static inline int ring_part(const Group* g, int hop) { return (2 * g->size + g->rank - 1 - hop) % g->size; }
 
 static inline void ring_start_hop(Transfer* t) {
     Group* g = t->group;
-    int lines = transfer_lines(ring_part_bytes(t)), left = (g->rank + g->size - 1) % g->size, right = (g->rank + 1) % g->size;
-    char* sent = t->ring + (size_t)ring_part(g, t->hop) * ring_part_bytes(t);
-    MPI_CHECK(MPI_Irecv(t->received, lines, t->line, left, TAG_RING, g->comm, &t->requests[0]));
-    MPI_CHECK(MPI_Isend(sent, lines, t->line, right, TAG_RING, g->comm, &t->requests[1]));
+    int left = (g->rank + g->size - 1) % g->size, right = (g->rank + 1) % g->size, sent = ring_part(g, t->hop), received = ring_part(g, t->hop + 1);
+    MPI_CHECK(MPI_Irecv(t->received, transfer_lines(t->parts.bytes(received)), t->line, left, TAG_RING, t->comm, &t->requests[0]));
+    MPI_CHECK(MPI_Isend(t->ring + t->parts.begin(sent), transfer_lines(t->parts.bytes(sent)), t->line, right, TAG_RING, t->comm, &t->requests[1]));
 }
 
 static inline bool requests_done(Transfer* t) {
@@ -95,7 +114,8 @@ static inline bool requests_done(Transfer* t) {
 static inline bool mpi_transfer_done(Transfer* t) {
     while (requests_done(t)) {
         if (t->hop < 0) { return true; }
-        hop_add(t->type, t->ring + (size_t)ring_part(t->group, t->hop + 1) * ring_part_bytes(t), t->received, t->part);
+        int part = ring_part(t->group, t->hop + 1);
+        hop_add(t->type, t->ring + t->parts.begin(part), t->received, t->parts.bytes(part) / (size_t)dtype_bytes(t->type));
         t->hop = t->hop + 2 < t->group->size ? t->hop + 1 : -1;
         if (t->hop >= 0) { ring_start_hop(t); }
     }
@@ -137,7 +157,7 @@ static inline void start_all_reduce_bits(Transfer* t, uint32_t* bits, size_t n, 
 #endif
 #ifdef USE_MPI
     over_mpi(t, bits, n * sizeof(uint32_t), NULL, 0, n * sizeof(uint32_t), stream, [=](char* data, char*) {
-        MPI_CHECK(MPI_Iallreduce(MPI_IN_PLACE, data, (int)n, MPI_UINT32_T, op == BITS_MIN ? MPI_MIN : MPI_MAX, g->comm, &t->requests[0]));
+        MPI_CHECK(MPI_Iallreduce(MPI_IN_PLACE, data, (int)n, MPI_UINT32_T, op == BITS_MIN ? MPI_MIN : MPI_MAX, t->comm, &t->requests[0]));
     });
 #else
     (void)bits, (void)op, (void)stream;
@@ -152,18 +172,30 @@ static inline void start_all_reduce_max(Transfer* t, void* data, size_t n, CommO
     start_all_reduce_bits(t, (uint32_t*)data, n, BITS_MAX, counter, stream);
 }
 
-// data (size, part): part r is given by rank r, everyone gets all
-static inline void start_all_gather(Transfer* t, void* data, size_t part_bytes, CommOperation counter, Stream stream) {
+// data (parts): part r is given by rank r, everyone gets all
+static inline void start_all_gather(Transfer* t, void* data, Parts parts, CommOperation counter, Stream stream) {
     Group* g = t->group;
     if (g->transport == ALONE) { return; }
-    g->bytes_sent[counter] += part_bytes * ((uint64_t)g->size - 1);
+    g->bytes_sent[counter] += parts.bytes(g->rank) * ((uint64_t)g->size - 1);
 #ifdef NCCL_TRANSPORT
-    if (g->transport == OVER_NCCL) { nccl_all_gather(g->nccl, data, part_bytes, g->rank, stream); return; }
+    if (g->transport == OVER_NCCL) {
+        if (parts.cuts == NULL) { nccl_all_gather(g->nccl, data, parts.equal, g->rank, stream); }
+        else { nccl_all_gather_parts(g->nccl, data, [=](int r) { return parts.begin(r); }, g->size, stream); }
+        return;
+    }
 #endif
 #ifdef USE_MPI
-    size_t bytes = part_bytes * (size_t)g->size;
+    size_t bytes = parts.begin(g->size);
     over_mpi(t, data, bytes, NULL, 0, bytes, stream, [=](char* all, char*) {
-        MPI_CHECK(MPI_Iallgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, all, transfer_lines(part_bytes), t->line, g->comm, &t->requests[0]));
+        if (parts.cuts == NULL) {
+            MPI_CHECK(MPI_Iallgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, all, transfer_lines(parts.equal), t->line, t->comm, &t->requests[0]));
+            return;
+        }
+        for (int r = 0; r < g->size; r++) {
+            t->counts[r] = transfer_lines(parts.bytes(r));
+            t->places[r] = transfer_lines(parts.begin(r));
+        }
+        MPI_CHECK(MPI_Iallgatherv(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, all, t->counts, t->places, t->line, t->comm, &t->requests[0]));
     });
 #else
     (void)data, (void)stream;
@@ -182,33 +214,74 @@ static inline void start_all_to_all(Transfer* t, void* received, void* sent, siz
     size_t bytes = part_bytes * (size_t)g->size;
     over_mpi(t, sent, bytes, received, 0, bytes, stream, [=](char* from, char* to) {
         int lines = transfer_lines(part_bytes);
-        MPI_CHECK(MPI_Ialltoall(from, lines, t->line, to, lines, t->line, g->comm, &t->requests[0]));
+        MPI_CHECK(MPI_Ialltoall(from, lines, t->line, to, lines, t->line, t->comm, &t->requests[0]));
     });
 #else
     (void)received, (void)sent, (void)stream;
 #endif
 }
 
-// part `rank` of data (size, part) = the sum of that part over the ranks, rounded to `type` at every hop; the other parts are spoiled. `received`: (part)
-static inline void start_ring_sum(Transfer* t, void* data, void* received, size_t part, DType type, CommOperation counter, Stream stream) {
+// received: this rank's part of an array of which each rank has one of equal chunks, `sent` this rank's. `parts` are the array's, of `chunk` bytes · size at
+// most.
+static inline void start_regroup(Transfer* t, void* received, void* sent, size_t chunk, Parts parts, CommOperation counter, Stream stream) {
     Group* g = t->group;
-    size_t part_bytes = part * (size_t)dtype_bytes(type);
     if (g->transport == ALONE) { return; }
-    g->bytes_sent[counter] += part_bytes * ((uint64_t)g->size - 1);
+    // where rank `from`'s chunk and rank `to`'s part meet
+    auto begin = [=](int from, int to) { return max_of((size_t)from * chunk, parts.begin(to)); };
+    auto bytes = [=](int from, int to) {
+        size_t end = min_of((size_t)(from + 1) * chunk, parts.begin(to + 1));
+        return end > begin(from, to) ? end - begin(from, to) : (size_t)0;
+    };
+    int me = g->rank;
+    auto sent_at = [=](int r) { return bytes(me, r) > 0 ? begin(me, r) - (size_t)me * chunk : 0; };
+    auto received_at = [=](int r) { return bytes(r, me) > 0 ? begin(r, me) - parts.begin(me) : 0; };
+    for (int r = 0; r < g->size; r++) { g->bytes_sent[counter] += r != me ? bytes(me, r) : 0; }
 #ifdef NCCL_TRANSPORT
-    if (g->transport == OVER_NCCL) { nccl_reduce_scatter(g->nccl, data, part, type, g->rank, stream); return; }
+    if (g->transport == OVER_NCCL) {
+        nccl_exchange(g->nccl, received, sent, sent_at, [=](int r) { return bytes(me, r); }, received_at, [=](int r) { return bytes(r, me); }, g->size, stream);
+        return;
+    }
+#endif
+#ifdef USE_MPI
+    over_mpi(t, sent, chunk, received, 0, parts.bytes(me), stream, [=](char* from, char* to) {
+        int *out = t->counts, *in = t->counts + g->size, *out_at = t->places, *in_at = t->places + g->size;
+        for (int r = 0; r < g->size; r++) {
+            out[r] = transfer_lines(bytes(me, r));
+            out_at[r] = transfer_lines(sent_at(r));
+            in[r] = transfer_lines(bytes(r, me));
+            in_at[r] = transfer_lines(received_at(r));
+        }
+        MPI_CHECK(MPI_Ialltoallv(from, out, out_at, t->line, to, in, in_at, t->line, t->comm, &t->requests[0]));
+    });
+#else
+    (void)received, (void)sent, (void)stream, (void)sent_at, (void)received_at;
+#endif
+}
+
+// this rank's part of data (parts, of `type`) = the sum of that part over the ranks, rounded to `type` at every hop; the other parts are spoiled.
+// `received`: as long as the largest part
+static inline void start_ring_sum(Transfer* t, void* data, void* received, Parts parts, DType type, CommOperation counter, Stream stream) {
+    Group* g = t->group;
+    if (g->transport == ALONE) { return; }
+    g->bytes_sent[counter] += parts.begin(g->size) - parts.bytes(g->rank);
+#ifdef NCCL_TRANSPORT
+    if (g->transport == OVER_NCCL) {
+        if (parts.cuts == NULL) { nccl_reduce_scatter(g->nccl, data, parts.equal / (size_t)dtype_bytes(type), type, g->rank, stream); }
+        else { nccl_reduce_parts(g->nccl, data, [=](int r) { return parts.begin(r); }, type, g->size, stream); }
+        return;
+    }
 #endif
 #ifdef USE_MPI
     char* next = t->group->transport == OVER_MPI ? (char*)received : t->staging + t->largest;
-    over_mpi(t, data, part_bytes * (size_t)g->size, NULL, part_bytes * (size_t)g->rank, part_bytes, stream, [=](char* ring, char*) {
+    over_mpi(t, data, parts.begin(g->size), NULL, parts.begin(g->rank), parts.bytes(g->rank), stream, [=](char* ring, char*) {
         t->ring = ring;
         t->received = next;
-        t->part = part;
+        t->parts = parts;
         t->type = type;
         t->hop = 0;
         ring_start_hop(t);
     });
 #else
-    (void)data, (void)received, (void)stream, (void)counter, (void)part_bytes;
+    (void)data, (void)received, (void)stream, (void)type;
 #endif
 }

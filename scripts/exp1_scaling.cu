@@ -24,7 +24,7 @@ enum Mode { PRE, POST, SQRT, AUTO, DIRECT, MODES, SETTLED = MODES, ALL_MODES };
 static const char* const mode_names[ALL_MODES] = {"pre", "post", "sqrt", "auto", "direct", "settled"};
 
 static ReductionConfig config_of(int mode) {
-    return mode == DIRECT ? ReductionConfig{SCALING_AUTO, REDUCE_DIRECT} : ReductionConfig{(GradScaling)(mode == SETTLED ? SCALING_AUTO : mode), REDUCE_RING};
+    return mode == DIRECT ? ReductionConfig{SCALING_AUTO, REDUCE_DIRECT, NOTHING_PARTITIONED} : ReductionConfig{(GradScaling)(mode == SETTLED ? SCALING_AUTO : mode), REDUCE_RING, NOTHING_PARTITIONED};
 }
 
 // What is measured of a block, a mode and a number of ranks
@@ -179,7 +179,7 @@ static void measure_real(Experiment* x, bool probe) {
         if (mode != AUTO && !probe) { continue; }
         Reduction* r = &x->modes[mode].reduction;
         for (int l = 0; l < x->blocks; l++) {
-            const Bucket* b = &r->buckets[l];
+            const Bucket* b = &r->partition.buckets[l];
             memcpy(b->memory, x->mine + (size_t)l * x->block_elements, x->block_elements * sizeof(float));
             uint64_t before[COMM_OPERATIONS];
             memcpy(before, g->bytes_sent, sizeof(before));
@@ -195,7 +195,7 @@ static void measure_real(Experiment* x, bool probe) {
         reduction_count(r, r->stream);
         for (int i = 0; i < 2 * params; i++) { counts[i] = (double)r->count_sums[i]; }
         for (int l = 0; l < x->blocks; l++) {
-            const Bucket* b = &r->buckets[l];
+            const Bucket* b = &r->partition.buckets[l];
             count_tops(x->tops, r, b, (const e4m3*)b->memory);
             if (!probe || !owns(x, l)) { continue; }
             memset(x->exact, 0, x->block_elements * sizeof(double));
@@ -220,7 +220,7 @@ static void open_virtual(Experiment* x) {
         reduction_plan(&v->plan, &v->group, &x->table, config_of(AUTO));
         v->mu = (float*)host_alloc((size_t)params * sizeof(float));
         for (int i = 0; i < params; i++) { v->mu[i] = first_mu(SCALING_AUTO, x->ranks[c]); }
-        elements = max_of(elements, v->plan.buckets[0].elements);
+        elements = max_of(elements, v->plan.partition.buckets[0].elements);
     }
     size_t row = (size_t)x->virtual_ranks[0].plan.scale_row, bytes = (size_t)own * (size_t)x->batch * x->block_elements * sizeof(float);
     if (bytes + (size_t)most * elements > MAX_GRADIENT_BYTES) {
@@ -230,7 +230,7 @@ static void open_virtual(Experiment* x) {
     x->gradients = (float*)device_alloc(bytes);
     x->local_scales = (float*)device_alloc((size_t)x->batch * (size_t)params * sizeof(float));
     x->tensor_params = (int*)host_alloc((size_t)params * sizeof(int));
-    for (int i = 0; i < params; i++) { x->tensor_params[i] = x->virtual_ranks[0].plan.tensors[i].param; }
+    for (int i = 0; i < params; i++) { x->tensor_params[i] = x->virtual_ranks[0].plan.partition.tensors[i].param; }
     auto take = [](size_t n, size_t each) { void* p = device_alloc(n * each); device_zero(p, n * each, NULL); return p; };
     x->amax = (uint32_t*)take((size_t)params, sizeof(uint32_t));
     x->accum_slots = (float*)take(4 * (size_t)params, sizeof(float));
@@ -263,7 +263,7 @@ static void keep_gradients(Experiment* x, int round) {
             int i = round * size + p;
             float* g = (float*)gradient_of(x, l, i);
             memcpy(g, x->gathered + ((size_t)p * x->blocks + l) * x->block_elements, x->block_elements * sizeof(float));
-            const Bucket* b = &plan->buckets[l];
+            const Bucket* b = &plan->partition.buckets[l];
             each_tensor(plan, b, [=](Param* q, int, size_t first) {
                 run_rows(AmaxPieces<float>{x->amax + (q - plan->table->items), g + first, param_elements(q)}, pieces_of(param_elements(q)), NULL);
             });
@@ -275,7 +275,7 @@ static void keep_gradients(Experiment* x, int round) {
 
 // Codes of all ranks' gradients into the payload; `scale_of(rank, tensor, number)` points to the scale
 template <class Scale> static void make_payloads(Experiment* x, const Reduction* r, const Bucket* b, bool count, Scale scale_of) {
-    each_tensor(r, b, [=](Param* p, int, size_t) { x->counters[p - r->table->items] = CodeCounts{0, 0}; });
+    each_tensor(r, b, [=](Param* p, int, size_t) { x->counters[p - r->table->items] = CodeCounts{0, 0, 0}; });
     for (int rank = 0; rank < r->group->size; rank++) {
         const float* g = gradient_of(x, b->layer, rank);
         each_tensor(r, b, [=](Param* p, int k, size_t first) {
@@ -294,7 +294,7 @@ static void virtual_ring(Experiment* x, const Reduction* r, const Bucket* b, con
     }
     run_rows(RingSlots{x->slots, x->shared, mu, x->tensor_params + b->first}, b->count, NULL);
     make_payloads(x, r, b, count, [=](int, Param* p, int) { return x->slots + 4 * (p - r->table->items) + 1; });
-    size_t part = part_of(r, b);
+    size_t part = chunk_of(r, b);
     for (int p = 0; p < ranks; p++) {  // part p starts at rank p+1, whose right neighbour adds its own codes to what arrives, and ends at rank p
         auto codes = [=](int rank) { return x->payload + (size_t)(rank % ranks) * b->elements + (size_t)p * part; };
         for (int hop = 1; hop < ranks; hop++) { hop_add(E4M3, codes(p + 1 + hop), codes(p + hop), part); }
@@ -312,7 +312,7 @@ static void virtual_direct(Experiment* x, const Reduction* r, const Bucket* b, b
     device_zero(x->sum_amax, (size_t)row * sizeof(uint32_t), NULL);
     each_tensor(r, b, [=](Param* p, int k, size_t first) {  // whole: an element's sum does not depend on whose part it is in
         size_t n = param_elements(p);
-        run_rows(SumParts<e4m3>{x->sums + first, x->sum_amax + k, x->payload + first, x->descales + k, b->elements, ranks, row, n}, pieces_of(n), NULL);
+        run_rows(SumParts<e4m3>{x->sums + first, x->sum_amax + k, x->payload + first, x->descales + k, b->elements, ranks, row, n, false}, pieces_of(n), NULL);
     });
     run_rows(ResultSlots{x->slots, x->sum_amax, x->tensor_params + b->first, largest_of(E4M3)}, b->count, NULL);
     each_tensor(r, b, [=](Param* p, int, size_t first) {
@@ -324,7 +324,7 @@ static void virtual_direct(Experiment* x, const Reduction* r, const Bucket* b, b
 static void virtual_mode(Experiment* x, int count, int block, int mode, const float* mu, bool describe) {
     VirtualRanks* v = &x->virtual_ranks[count];
     Reduction* r = &v->plan;
-    const Bucket* b = &r->buckets[block];
+    const Bucket* b = &r->partition.buckets[block];
     r->config = config_of(mode);
     if (mu == NULL) {
         float fixed = mode == DIRECT ? 1.0f : first_mu(r->config.scaling, r->group->size);
@@ -344,7 +344,7 @@ static void virtual_mode(Experiment* x, int count, int block, int mode, const fl
     uint64_t others = (uint64_t)r->group->size - 1, vector = 2 * (uint64_t)b->count * sizeof(float) * others / (uint64_t)r->group->size;
     uint64_t scales = vector + (mode == DIRECT ? (uint64_t)r->scale_row * sizeof(float) * others : 0);
     figures[SCALE_BYTES] = (double)scales;
-    figures[BYTES_SENT] = (double)(2 * part_of(r, b) * others + scales);
+    figures[BYTES_SENT] = (double)(2 * chunk_of(r, b) * others + scales);
 }
 
 // One step of auto's rule for the tensors of a block, then `growth` more without saturation
@@ -364,7 +364,7 @@ static void measure_virtual(Experiment* x, bool probe, bool last) {
         memset(x->exact, 0, x->block_elements * sizeof(double));
         for (int c = 0, added = 0; c < x->counts; added = x->ranks[c++]) {
             VirtualRanks* v = &x->virtual_ranks[c];
-            const Bucket* b = &v->plan.buckets[l];
+            const Bucket* b = &v->plan.partition.buckets[l];
             if (probe) { add_exactly(x->exact, gradient_of(x, l, 0), x->block_elements, added, x->ranks[c], x->block_elements); }
             for (int mode = 0; mode < MODES; mode++) {
                 if (probe && mode != AUTO) { virtual_mode(x, c, l, mode, NULL, true); }

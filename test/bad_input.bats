@@ -181,7 +181,7 @@ EOT
 
 @test "llm.c's flags that are not carried are refused by name" {
     local flag
-    for flag in f w ge nm lg pn pr pg pi pf ps z n nk y h; do
+    for flag in f w ge nm lg pn pr pg pi pf ps n nk y h; do
         refuses "$TRAIN" --train-data text.txt $TINY --steps 4 --output-dir out -$flag 1 "-$flag of llm.c is not carried: ?*"
     done
 }

@@ -142,9 +142,9 @@ static std::vector<Place> places_of(const ParamTable* table, int ranks) {
             bool vectors = p->format_class == VECTOR && q->format_class == VECTOR, neither = p->format_class != VECTOR && q->format_class != VECTOR;
             if (!(vectors || (neither && p->layer == q->layer)) || p->accum != q->accum || p->wire != q->wire) { continue; }
             if (k == i) { places[(size_t)i].first = total; }
-            total += ((size_t)(q->rows * q->cols) + 63) / 64 * 64;
+            total += ((size_t)(q->rows * q->cols) + 127) / 128 * 128;
         }
-        size_t multiple = 64 * (size_t)ranks;
+        size_t multiple = 128 * (size_t)ranks;
         places[(size_t)i].part = (total + multiple - 1) / multiple * multiple / (size_t)ranks;
     }
     return places;
@@ -272,7 +272,7 @@ struct Trial {
         reduction_plan(&r, g, table, config);
         for (int run = 0; run < 2; run++) {
             reduction_allocate(&r, &memory);
-            optimizer_allocate(&optimizer, table, false, NULL, &memory);
+            optimizer_allocate(&optimizer, table, false, &memory);
             loss = memory_take<float>(&memory, WORKSPACE, 1);
             if (run == 0) { memory_commit(&memory); }
         }
@@ -298,16 +298,16 @@ struct Trial {
     void check_plan() const {
         std::vector<int> seen((size_t)table->count);
         int of_vectors = 0;
-        for (int k = 0; k < r.bucket_count; k++) {
-            const Bucket* b = &r.buckets[k];
+        for (int k = 0; k < r.partition.bucket_count; k++) {
+            const Bucket* b = &r.partition.buckets[k];
             size_t end = 0;
             of_vectors += b->layer == ALL_LAYERS;
-            CHECK(b->count > 0 && !b->started && b->elements % (64 * (size_t)g->size) == 0, "bucket %d", k);
+            CHECK(b->count > 0 && !b->started && b->elements % (128 * (size_t)g->size) == 0, "bucket %d", k);
             for (int i = 0; i < b->count; i++) {
-                const BucketTensor* t = &r.tensors[b->first + i];
+                const BucketTensor* t = &r.partition.tensors[b->first + i];
                 const Param* p = &table->items[t->param];
                 seen[(size_t)t->param]++;
-                CHECK(t->first % 64 == 0 && t->first >= end && t->first == places[(size_t)t->param].first, "%s", p->name);
+                CHECK(t->first % 128 == 0 && t->first >= end && t->first == places[(size_t)t->param].first, "%s", p->name);
                 CHECK(b->elements == places[(size_t)t->param].part * (size_t)g->size, "%s", p->name);
                 CHECK(p->accum == b->accum && p->wire == b->wire, "%s", p->name);
                 CHECK(b->layer == (p->format_class == VECTOR ? ALL_LAYERS : p->layer), "%s", p->name);
@@ -423,7 +423,7 @@ struct Trial {
         reduction_finish(&r, NULL);
         stream_sync(NULL);
         CHECK(r.queued == 0 && r.next == 0 && r.phase == 0);
-        for (int k = 0; k < r.bucket_count; k++) { CHECK(!r.buckets[k].started, "bucket %d", k); }
+        for (int k = 0; k < r.partition.bucket_count; k++) { CHECK(!r.partition.buckets[k].started, "bucket %d", k); }
         for (uint32_t amax : from_device(r.amax, (size_t)n)) { CHECK(amax == 0); }
         check_bytes(sent);
         for (int t = 0; t < n; t++) { check_gradient(t); }
@@ -483,10 +483,10 @@ struct Trial {
     // What this step has sent
     void check_bytes(const uint64_t* before) const {
         uint64_t want[COMM_OPERATIONS] = {}, peers = (uint64_t)g->size - 1, scales = 0;
-        for (int k = 0; k < r.bucket_count; k++) {
-            const Bucket* b = &r.buckets[k];
-            uint64_t part = places[(size_t)r.tensors[b->first].param].part * (uint64_t)dtype_bytes(b->wire);
-            bool vectors = table->items[r.tensors[b->first].param].format_class == VECTOR;
+        for (int k = 0; k < r.partition.bucket_count; k++) {
+            const Bucket* b = &r.partition.buckets[k];
+            uint64_t part = places[(size_t)r.partition.tensors[b->first].param].part * (uint64_t)dtype_bytes(b->wire);
+            bool vectors = table->items[r.partition.tensors[b->first].param].format_class == VECTOR;
             want[vectors ? VECTORS : config.algorithm == REDUCE_RING ? REDUCE_SCATTER : ALL_TO_ALL] += peers * part;
             want[vectors ? VECTORS : ALL_GATHER] += peers * part;
             if (is_fp8(b->wire)) { scales += (8 + (config.algorithm == REDUCE_DIRECT ? 4 * peers : 0)) * (((uint64_t)b->count + 15) / 16 * 16); }
@@ -538,9 +538,9 @@ template <class F> static void each_mode(F f) {
         for (DType wire : formats) {
             if (dtype_bytes(wire) > dtype_bytes(accum)) { continue; }
             for (GradScaling scaling : {SCALING_PRE, SCALING_POST, SCALING_SQRT, SCALING_AUTO}) {
-                if (is_fp8(wire) || scaling == SCALING_AUTO) { f(accum, wire, ReductionConfig{scaling, REDUCE_RING}); }
+                if (is_fp8(wire) || scaling == SCALING_AUTO) { f(accum, wire, ReductionConfig{scaling, REDUCE_RING, NOTHING_PARTITIONED}); }
             }
-            f(accum, wire, ReductionConfig{SCALING_AUTO, REDUCE_DIRECT});
+            f(accum, wire, ReductionConfig{SCALING_AUTO, REDUCE_DIRECT, NOTHING_PARTITIONED});
         }
     }
 }
@@ -622,7 +622,7 @@ static void check_headroom(Group* g) {
         add_tensor(table, "small", 0, 3000, MATRIX, FP32, E4M3);
         add_tensor(table, "large", 1, 200001, MATRIX, FP32, E4M3);
         add_tensor(table, "vector", 0, 65, VECTOR, FP32, FP32);
-        Trial trial(g, table, ReductionConfig{SCALING_AUTO, REDUCE_RING});
+        Trial trial(g, table, ReductionConfig{SCALING_AUTO, REDUCE_RING, NOTHING_PARTITIONED});
         trial.name = "headroom";
         trial.input_of = headroom_input;
         float least = 1.0f / (float)g->size, mu[2] = {1.0f / sqrtf((float)g->size), 1.0f / sqrtf((float)g->size)};
@@ -655,7 +655,7 @@ static void check_growth(Group* g) {
     add_tensor(table, "one", 0, 65, MATRIX, BF16, E4M3);
     add_tensor(table, "vector", 0, 1, VECTOR, FP32, FP32);
     {
-        Trial trial(g, table, ReductionConfig{SCALING_AUTO, REDUCE_RING});
+        Trial trial(g, table, ReductionConfig{SCALING_AUTO, REDUCE_RING, NOTHING_PARTITIONED});
         trial.input_of = calm_input;
         trial.name = "growth";
         double start = pow((double)g->size, -0.5);
@@ -677,7 +677,7 @@ static void check_overlap(Group* g) {
     for (GradReduce algorithm : {REDUCE_RING, REDUCE_DIRECT}) {
         ParamTable* table = awkward_table(FP32, E4M3);
         {
-            Trial trial(g, table, ReductionConfig{SCALING_AUTO, algorithm});
+            Trial trial(g, table, ReductionConfig{SCALING_AUTO, algorithm, NOTHING_PARTITIONED});
             trial.name = "overlap";
             trial.patient = true;
             for (int i = 0; i < 3; i++) { trial.step(); }
@@ -829,7 +829,7 @@ static void plan_one(DType accum, DType wire) {
     Group g = {};
     g.size = 2;
     Reduction r;
-    reduction_plan(&r, &g, table, ReductionConfig{SCALING_AUTO, REDUCE_RING});
+    reduction_plan(&r, &g, table, ReductionConfig{SCALING_AUTO, REDUCE_RING, NOTHING_PARTITIONED});
     free(table);
 }
 

@@ -574,7 +574,7 @@ template <class D, class A> static void check_quantisation(void) {
             std::vector<char> before, after;
             append(&before, x);
             descale[0] = pair[0], scale[0] = pair[1];
-            counts.fill(CodeCounts{1000000, 2000000});
+            counts.fill(CodeCounts{1000000, 2000000, 0});
             const float *pd = pair[0] != 0.0f ? descale.p : NULL, *ps = pair[1] != 0.0f ? scale.p : NULL;
             with_threads(n % 2 + 1, [&] {
                 run_rows(QuantiseGradient<D, A>{codes, x, pd, ps, counts + 1, (size_t)n}, pieces_of((size_t)n), NULL);
@@ -628,12 +628,12 @@ static void a_tensor_survives_its_own_scale(void**) {
     Array<float> scales(1), descales(1), sums((size_t)n);
     Array<e4m3> codes((size_t)n);
     Array<CodeCounts> counts(1);
-    amax[0] = 0, tensors[0] = 0, counts[0] = CodeCounts{0, 0};
+    amax[0] = 0, tensors[0] = 0, counts[0] = CodeCounts{0, 0, 0};
     run_rows(AmaxPieces<e4m3>{amax, a.sum, (size_t)n}, pieces_of((size_t)n), NULL);
     run_rows(LocalScales{scales, amax, a.slot, tensors, 448.0f}, 1, NULL);
     run_rows(QuantiseGradient<e4m3, e4m3>{codes, a.sum, a.slot, scales, counts, (size_t)n}, pieces_of((size_t)n), NULL);
     run_rows(SenderDescales{descales, scales, 1}, 1, NULL);
-    run_rows(SumParts<e4m3>{sums, NULL, codes, descales, (size_t)n, 1, 1, (size_t)n}, pieces_of((size_t)n), NULL);
+    run_rows(SumParts<e4m3>{sums, NULL, codes, descales, (size_t)n, 1, 1, (size_t)n, false}, pieces_of((size_t)n), NULL);
     finish();
     assert_memory_equal(codes.p, a.sum.p, (size_t)n);
     assert_true(scales[0] == a.slot[1] && counts[0].underflow == 0);
@@ -677,7 +677,7 @@ template <class D> static void check_parts(int ranks, int n, bool scaled, float 
                 amax.fill(before);
                 memset((void*)sums.p, 0xff, (size_t)n * 4);
                 with_threads(threads, [&] {
-                    run_rows(SumParts<D>{sums, wanted ? amax + 1 : NULL, parts, scaled ? descales.p : NULL, stride, ranks, descale_stride, (size_t)n},
+                    run_rows(SumParts<D>{sums, wanted ? amax + 1 : NULL, parts, scaled ? descales.p : NULL, stride, ranks, descale_stride, (size_t)n, false},
                              pieces_of((size_t)n), NULL);
                 });
                 finish();
@@ -724,7 +724,7 @@ static void a_sender_that_is_not_finite_spoils_the_sum(void**) {
     Array<float> scales(2);
     scales[0] = 1.0f, scales[1] = 0.0f;
     run_rows(SenderDescales{descales, scales, 1}, 2, NULL);
-    run_rows(SumParts<e4m3>{sums, amax, parts, descales, (size_t)n, 2, 1, (size_t)n}, pieces_of((size_t)n), NULL);
+    run_rows(SumParts<e4m3>{sums, amax, parts, descales, (size_t)n, 2, 1, (size_t)n, false}, pieces_of((size_t)n), NULL);
     run_rows(ResultSlots{slots, amax, tensors, 448.0f}, 1, NULL);
     finish();
     for (int i = 0; i < n; i++) { assert_true(isnan(sums[i])); }

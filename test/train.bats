@@ -177,26 +177,33 @@ memory_of() { first mem "$1" | sed "s/.*\"$2\"://; s/[,}].*//"; }
 
 sent() { first comm "$1" | sed -n "s/.*\"$2\":\([0-9]*\).*/\1/p"; } # DIR OPERATION: bytes of the first step
 
-@test "gradients in FP8: the bytes sent are those of the closed form" {
+@test "the bytes sent are those of the closed form" {
     have_mpi
-    # matrices 2 · 12 · 64², embeddings 256 · 64, vectors 2 · 13 · 64 + 2 · 64: with 2 ranks half of each goes out and half comes back
-    local P=98304 E=16384 vectors=1792 dir flags back field
-    while read -r dir bytes_p bytes_e back flags; do
-        train_on 2 $dir --steps 1 $flags
+    # matrices 2 · 12 · 64², embeddings 256 · 64, vectors, each padded to 128, 2 · (6 · 128 + 2 · 256) + 2 · 128: with 2 ranks half of each goes out, and half
+    # comes back, of the reduced gradients or, with ZeRO, of the weights; there vectors are padded to 2 · 4096
+    local P=98304 E=16384 vectors=2816 dir flags back bytes_p bytes_e weight_p field
+    while read -r dir bytes_p bytes_e weight_p back flags; do
+        train_on 2 $dir --steps 1 --zero 0 $flags
         for field in $back all_gather; do
-            [ "$(sent $dir $field)" = $(((bytes_p * P + bytes_e * E) / 2)) ] || {
-                echo "$dir: $field $(sent $dir $field)"
-                return 1
-            }
+            [ "$(sent $dir $field)" = $(((bytes_p * P + bytes_e * E) / 2)) ] || { echo "$dir: $field $(sent $dir $field)"; return 1; }
         done
         [ "$(sent $dir vectors)" = $((4 * vectors)) ]
+        [ -z "$(sent $dir weights)" ]
+        # FP8-LM's 6(P + E) in BF16, 2P + 6E with its recipe, 2P + 3E with ours (times (ranks - 1)/ranks)
+        for level in 1 2; do
+            train_on 2 $dir$level --steps 1 --zero $level $flags
+            [ "$(sent $dir$level $back)" = $(((bytes_p * P + bytes_e * E) / 2)) ] || { echo "$dir$level: $back $(sent $dir$level $back)"; return 1; }
+            [ "$(sent $dir$level weights)" = $(((weight_p * P + 2 * E + 2 * 8192) / 2)) ] || { echo "$dir$level: weights $(sent $dir$level weights)"; return 1; }
+            [ "$(sent $dir$level vectors)" = $((4 * 8192 / 2)) ]
+            [ -z "$(sent $dir$level all_gather)" ]
+        done
     done <<'RUNS'
-bf16 4 4 reduce_scatter --recipe bf16
-lm 1 4 reduce_scatter --recipe fp8-lm
-ours 1 1 all_to_all --recipe fp8
-ring 1 1 reduce_scatter --recipe fp8 --grad-reduce ring
-half 2 2 all_to_all --recipe fp8 --grad-dtype bf16
-narrow 1 4 all_to_all --recipe bf16 --grad-dtype e4m3 --grad-accum-dtype bf16
+bf16 4 4 2 reduce_scatter --recipe bf16
+lm 1 4 1 reduce_scatter --recipe fp8-lm
+ours 1 1 1 all_to_all --recipe fp8
+ring 1 1 1 reduce_scatter --recipe fp8 --grad-reduce ring
+half 2 2 1 all_to_all --recipe fp8 --grad-dtype bf16
+narrow 1 4 2 all_to_all --recipe bf16 --grad-dtype e4m3 --grad-accum-dtype bf16
 RUNS
     [ -z "$(sent bf16 scales)" ]
     holds 'x > 0 && x < 0.01 * 57344' x="$(sent ours scales)"
@@ -294,7 +301,7 @@ RUNS
 }
 
 @test "optimizer states in few bits train, and take the memory that they should" {
-    local dir flags bytes_p bytes_e P=98304 E=16384 vectors=1792 # elements of matrices, embeddings and vectors; the last stay in FP32
+    local dir flags bytes_p bytes_e P=98304 E=16384 vectors=2816 # elements of matrices, embeddings and vectors, each padded to 128; the last stay in FP32
     while read -r dir bytes_p bytes_e flags; do
         train $dir --steps 40 --lr 3e-3 $flags
         holds 'b < a - 2' a="$(first loss $dir)" b="$(last loss $dir)" || { echo "does not learn: $dir"; return 1; }
@@ -341,11 +348,11 @@ RUNS
             }
             END { exit bad || seen != 7 }'
     done
-    # what has its size: gradients of 116,480 elements, those of 1,792 in vectors always in FP32 and 26 tensors with a slot and an amax each; FP32
+    # what has its size: gradients of 117,504 elements, those of 2,816 in vectors always in FP32 and 26 tensors with a slot and an amax each; FP32
     # states; what FP8 weights save
-    [ "$(memory_of abf16 gradients)" = $((116480 * 4 + 512 + 256)) ]
-    [ "$(memory_of afp8 gradients)" = $((114688 * 2 + 1792 * 4 + 512 + 256)) ]
-    holds 'x >= 3 * 4 * 116480 && x < 3.1 * 4 * 116480' x="$(memory_of abf16 optimizer)"
+    [ "$(memory_of abf16 gradients)" = $((117504 * 4 + 512 + 256)) ]
+    [ "$(memory_of afp8 gradients)" = $((114688 * 2 + 2816 * 4 + 512 + 256)) ]
+    holds 'x >= 3 * 4 * 117504 && x < 3.1 * 4 * 117504' x="$(memory_of abf16 optimizer)"
     holds 'saved > 0.95 * 98304 && saved <= 98304' saved=$(($(memory_of abf16 weights) - $(memory_of afp8 weights)))
 }
 

@@ -69,8 +69,9 @@ static double loss_of(TestModel* t) {  // mean over the batch that was last uplo
 
 static void use_masters(TestModel* t) { optimizer_cast_weights(&t->model.optimizer, &t->model.params, t->model.stream); }
 
-// In FP32 the masters of all tensors lie in one array, at Param.offset
+// The masters of all tensors lie in one array
 static float* masters(const Model* m) { return (float*)m->params.items[0].master.data; }
+static float* master_of(const Param* p) { return (float*)p->master.data; }
 
 // In FP32 and on one rank a gradient is its accumulator
 static const float* gradient_of(const Param* p) {
@@ -97,8 +98,8 @@ static TestModel* open_golden(const Golden* g, int recompute, int* V) {
         Param* p = &m->params.items[i];
         const GoldenTensor* values = golden_find(*g, p->name);
         assert_int_equal((int64_t)values->count, p->valid_rows * p->cols);
-        device_zero(masters(m) + p->offset, param_elements(p) * sizeof(float), m->stream);
-        copy_to_device(masters(m) + p->offset, values->floats, (size_t)values->count * sizeof(float), m->stream);
+        device_zero(master_of(p), param_elements(p) * sizeof(float), m->stream);
+        copy_to_device(master_of(p), values->floats, (size_t)values->count * sizeof(float), m->stream);
     }
     memcpy(t->batch.tokens, golden_find(*g, "tokens")->ints, (size_t)rows_of(m) * sizeof(int32_t));
     memcpy(t->batch.targets, golden_find(*g, "targets")->ints, (size_t)rows_of(m) * sizeof(int32_t));
@@ -195,7 +196,7 @@ static void gradients_are_directional_derivatives(void** state) {
         for (int i = 0; i < m->params.count; i++) {  // far from the initial values, where every path carries a gradient
             Param* p = &m->params.items[i];
             for (int64_t k = 0; k < p->valid_rows * p->cols; k++) {
-                masters(m)[p->offset + (size_t)k] = (float)((p->init_value > 0.0f ? 1.0 : 0.0) + 0.25 * random_normal(&at));
+                master_of(p)[k] = (float)((p->init_value > 0.0f ? 1.0 : 0.0) + 0.25 * random_normal(&at));
             }
         }
         for (int i = 0; i < rows; i++) {
@@ -206,7 +207,7 @@ static void gradients_are_directional_derivatives(void** state) {
         for (int i = 0; i < m->params.count; i++) {
             Param* p = &m->params.items[i];
             size_t n = (size_t)(p->valid_rows * p->cols);
-            float* w = masters(m) + p->offset;
+            float* w = master_of(p);
             const float* g = gradient_of(p);
             float* kept = (float*)host_alloc(n * sizeof(float));
             double* d = (double*)host_alloc(n * sizeof(double));
@@ -312,7 +313,7 @@ static void fp8_matmuls_take_fp8_codes(void** state) {
             const Param* p = &m->params.items[i];
             if (p->format_class != MATRIX) { continue; }
             assert_int_equal(p->dtype, E4M3);
-            const float* master = masters(m) + p->offset;
+            const float* master = master_of(p);
             float descale = p->slot[0], scale = p->slot[1], amax = 0.0f;
             assert_true(descale * scale == 1.0f && (float_to_bits(scale) & 0x7fffffu) == 0);
             for (size_t k = 0; k < param_elements(p); k++) {
@@ -358,7 +359,10 @@ static void fp8_matmuls_take_fp8_codes(void** state) {
 static TestModel* model_with(const TestModel* from, GptConfig c, bool coarse) {
     TestModel* t = open_model(c);
     Model* m = &t->model;
-    memcpy(masters(m), masters(&from->model), m->params.elements * sizeof(float));
+    for (int i = 0; i < m->params.count; i++) {
+        const Param *p = &m->params.items[i], *q = &from->model.params.items[i];
+        memcpy(master_of(p), master_of(q), param_elements(p) * sizeof(float));
+    }
     use_masters(t);
     for (int i = 0; i < m->params.count && coarse; i++) {
         const Param* p = &m->params.items[i];
@@ -462,7 +466,7 @@ static void recompute_changes_no_bit(void** state) {
             }
             for (int i = 0; i < m->params.count; i++) {
                 const Param* p = &m->params.items[i];
-                if (memcmp(first + p->offset, masters(m) + p->offset, param_elements(p) * sizeof(float)) != 0) {
+                if (memcmp(first + (master_of(p) - masters(m)), master_of(p), param_elements(p) * sizeof(float)) != 0) {
                     fail_msg("mode %d, recompute %d: %s differs", mode, recompute, p->name);
                 }
             }

@@ -77,7 +77,7 @@ struct Gather {
         : t(transfer), part(part_bytes), salt(s), counter(c), memory(before(t->group, part, salt)) {}
     void start(void) {
         Counted counted(t->group, counter, part * (uint64_t)(t->group->size - 1));
-        start_all_gather(t, memory.data(), part, counter, NULL);
+        start_all_gather(t, memory.data(), equal_parts(part), counter, NULL);
     }
     void check(void) {
         Bytes got = memory.content();
@@ -151,7 +151,7 @@ template <class D> struct Ring {
         : t(transfer), part(elements), salt(s), memory(before(t->group, part, salt)), received(Bytes(part * sizeof(D), 0xee)) {}
     void start(void) {
         Counted counted(t->group, REDUCE_SCATTER, part * sizeof(D) * (uint64_t)(t->group->size - 1));
-        start_ring_sum(t, memory.data(), received.data(), part, DTypeOf<D>::value, REDUCE_SCATTER, NULL);
+        start_ring_sum(t, memory.data(), received.data(), equal_parts(part * (size_t)dtype_bytes(DTypeOf<D>::value)), DTypeOf<D>::value, REDUCE_SCATTER, NULL);
     }
     // Part p begins at rank p+1 and goes round to rank p, which adds last
     void check(void) {
