@@ -138,7 +138,7 @@ struct Reduction {
     bool returning;            // weights are under way, not gradients
     bool adds;                 // ZeRO 2: this is not the step's first reduction
     int reductions;            // since the last step
-    double waited;             // seconds of this step in which nothing else was done; on a GPU known after `done`
+    double waited;             // seconds of this step in which nothing else was done
 };
 
 static inline size_t chunk_of(const Reduction* r, const Bucket* b) { return b->elements / (size_t)r->group->size; }
@@ -512,9 +512,11 @@ static inline void wait_for(Reduction* r, int layer, Stream compute) {
     for (int k = 0; k < r->partition.bucket_count; k++) {
         const Bucket* b = &r->partition.buckets[k];
         if (b->layer != layer) { continue; }
+        double start = b->under_way ? wall_seconds() : 0.0;
         while (b->under_way) {
             if (!reduction_poll(r)) { sched_yield(); }
         }
+        r->waited += start > 0.0 ? wall_seconds() - start : 0.0;
         stream_wait_event(compute, b->arrived);
     }
 }
@@ -526,6 +528,8 @@ static inline void empty_queue(Reduction* r) {
 }
 
 // ---- a step ----
+
+static inline void reduction_step(Reduction* r) { r->waited = 0.0; }
 
 
 // Are gradients reduced after each micro-batch, and do each one's begin anew?
@@ -558,7 +562,7 @@ static inline void reduction_finish(Reduction* r, Stream compute) {
     r->waited += wall_seconds() - start;
 }
 
-// Seconds that the last step spent on the reduction and nothing else. On a GPU the step must be over; with ZeRO 2 it is the last micro-batch's there.
+// Seconds since reduction_step that were spent on exchanges and nothing else. On a GPU: by the last reduction, which must be over.
 static inline double reduction_waited(const Reduction* r) {
     if (!exchanges(r) || !device_is_gpu) { return r->waited; }
     return max_of(0.0, 1e-3 * event_milliseconds(r->backward_done, r->done));
@@ -593,7 +597,6 @@ static inline void weights_finish(Reduction* r, Stream compute) {
 static inline void reduction_begin(Reduction* r, bool first, Stream compute) {
     weights_finish(r, compute);
     r->adds = reduces_each(r) && !first;
-    if (first) { r->waited = 0.0; }
 }
 
 static inline void reduction_free(Reduction* r) {
@@ -657,4 +660,35 @@ static inline void reduction_adapt(Reduction* r, const double* top_codes, const 
     run_rows(UpdateMu{r->statistics, r->mu, r->count_sums, reduces_each(r) ? NULL : top_codes, r->elements, apply, r->table->count, r->group->size, r->reductions,
                       ring, ring && r->config.scaling == SCALING_AUTO}, r->table->count, compute);
     r->reductions = 0;
+}
+
+// ---- what it costs ----
+
+// The bytes that this rank sends in a step, by operation: what the phases above count, without their being run. Of gradients, their scales and weights.
+static inline void reduction_traffic(uint64_t* bytes, const Reduction* r, int micro_batches) {
+    uint64_t ranks = (uint64_t)r->group->size, others = ranks - 1, times = reduces_each(r) ? (uint64_t)micro_batches : 1;
+    int me = r->group->rank, level = zero_level(r);
+    if (!exchanges(r)) { return; }
+    auto all_reduce = [=](uint64_t n) { return 2 * n * sizeof(float) * others / ranks; };
+    for (int k = 0; k < r->partition.bucket_count; k++) {
+        const Bucket* b = &r->partition.buckets[k];
+        Parts parts = parts_of(r, b, b->wire);
+        size_t chunk = chunk_of(r, b), chunk_bytes = chunk * (size_t)dtype_bytes(b->wire);
+        bool fp8 = is_fp8(b->wire);
+        if (is_direct(r)) {
+            bytes[counted_as(b, ALL_TO_ALL)] += times * chunk_bytes * others;
+            bytes[SCALES] += fp8 ? times * (size_t)r->scale_row * sizeof(float) * others : 0;
+            bytes[SCALES] += fp8 && level == 0 ? all_reduce((uint64_t)b->count) : 0;
+            bytes[counted_as(b, ALL_GATHER)] += level == 0 ? chunk_bytes * others : 0;
+            for (int to = 0; b->whole && to < (int)ranks; to++) {
+                size_t begin = max_of(chunk * (size_t)me, b->cuts[to]), end = min_of(chunk * ((size_t)me + 1), b->cuts[to + 1]);
+                bytes[REGROUP] += to != me && begin < end ? times * (end - begin) * sizeof(float) : 0;
+            }
+        } else {
+            bytes[counted_as(b, REDUCE_SCATTER)] += times * (parts.begin((int)ranks) - parts.bytes(me));
+            bytes[SCALES] += fp8 ? times * all_reduce((uint64_t)b->count) : 0;
+            bytes[counted_as(b, ALL_GATHER)] += level == 0 ? parts.bytes(me) * others : 0;
+        }
+        bytes[WEIGHTS_GATHER] += level > 0 ? parts_of(r, b, b->dtype).bytes(me) * others : 0;
+    }
 }

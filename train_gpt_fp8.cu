@@ -22,6 +22,7 @@
 #include "core/options.h"        // the option table
 #include "core/params.h"         // the table of parameters
 #include <algorithm>
+#include <numeric>
 #include <signal.h>
 
 // ---- settings ----
@@ -959,9 +960,12 @@ struct StepSettings {
 static void micro_step(Model* m, HostBatch* batch, int index, bool last, float weight) {
     int B = m->config.B;
     upload_batch(m, batch, rows_of(m), TRAIN);
-    if (index == 0) { device_zero(m->loss_total, sizeof(double), m->stream); }
-    forward(m, B, TRAIN);
     Reduction* r = &m->reduction;
+    if (index == 0) {
+        device_zero(m->loss_total, sizeof(double), m->stream);
+        reduction_step(r);
+    }
+    forward(m, B, TRAIN);
     bool each = reduces_each(r), accumulate = index > 0 && !each;
     reduction_begin(r, index == 0, m->stream);
     head_loss(m, B, true, weight, accumulate);
@@ -1099,6 +1103,7 @@ struct Run {
     bool has_file, has_val;
     DataLoader train, val;
     Memory memory;
+    size_t fullest[MEMORY_CATEGORIES], emptiest[MEMORY_CATEGORIES];  // bytes of the ranks that take most and least
     Model model;
     HostBatch batch;
     Log log;
@@ -1351,6 +1356,22 @@ static void resolve_peak(Run* r) {
     r->flops_per_token = 6.0 * (12.0 * c->layers * C * C + (double)c->vocab * C) + 12.0 * c->layers * C * c->T;
 }
 
+// The memory of the ranks that take most and least
+static void compare_memory(Run* r) {
+    size_t bytes = sizeof(r->memory.bytes);
+    size_t(*all)[MEMORY_CATEGORIES] = (size_t(*)[MEMORY_CATEGORIES])host_alloc(bytes * (size_t)r->group.size);
+    host_all_gather(&r->group, all, r->memory.bytes, bytes);
+    auto total = [=](int i) { return std::accumulate(all[i], all[i] + MEMORY_CATEGORIES, (size_t)0); };
+    int most = 0, least = 0;
+    for (int i = 1; i < r->group.size; i++) {
+        most = total(i) > total(most) ? i : most;
+        least = total(i) < total(least) ? i : least;
+    }
+    memcpy(r->fullest, all[most], bytes);
+    memcpy(r->emptiest, all[least], bytes);
+    free(all);
+}
+
 // name=value lines of everything that must be the same on all ranks
 static void settings_text(const Run* r, char* text, size_t size) {
     size_t n = 0;
@@ -1433,13 +1454,20 @@ static void print_settings(const Run* r) {
     table_add(&t, "micro-batches a rank", "%d", r->micro_batches);
     log_table(stdout, "settings", t.rows, t.count);
     MemoryRow rows[MEMORY_CATEGORIES];
-    for (int i = 0; i < MEMORY_CATEGORIES; i++) { rows[i] = MemoryRow{memory_names[i], (int64_t)r->memory.bytes[i]}; }
-    log_memory_table(stdout, "memory of a rank, as allocated", rows, MEMORY_CATEGORIES);
+    for (int i = 0; i < MEMORY_CATEGORIES; i++) { rows[i] = MemoryRow{memory_names[i], (int64_t)r->fullest[i], (int64_t)r->emptiest[i]}; }
+    bool alike = memcmp(r->fullest, r->emptiest, sizeof(r->fullest)) == 0;
+    log_memory_table(stdout, alike ? "memory of a rank, as allocated" : "memory of the fullest rank, as allocated, and of the emptiest", rows, MEMORY_CATEGORIES);
 }
 
 static void add_int(json_object* o, const char* name, int64_t v) { json_object_object_add(o, name, json_object_new_int64(v)); }
 static void add_double(json_object* o, const char* name, double v) { json_object_object_add(o, name, json_object_new_double(v)); }
 static void add_string(json_object* o, const char* name, const char* v) { json_object_object_add(o, name, json_object_new_string(v)); }
+
+static json_object* memory_json(const size_t* bytes) {
+    json_object* mem = json_object_new_object();
+    for (int i = 0; i < MEMORY_CATEGORIES; i++) { add_int(mem, memory_names[i], (int64_t)bytes[i]); }
+    return mem;
+}
 
 static void log_settings(Run* r) {
     json_object* config = json_object_new_object();
@@ -1462,6 +1490,7 @@ static void log_settings(Run* r) {
     add_int(config, "parameters", params_total(&r->model.params));
     add_string(config, "device", device_kind);
     add_double(config, "peak_flops", r->peak_flops > 0.0 ? r->peak_flops : NAN);
+    json_object_object_add(config, "mem_min", memory_json(r->emptiest));
     json_object* line = json_object_new_object();
     json_object_object_add(line, "config", config);
     log_line(&r->log, line);
@@ -1524,9 +1553,7 @@ static void show_step(Run* r, int64_t step, const StepRecord* record, double lr,
     add_double(o, "ms", 1e3 * seconds);
     add_double(o, "tok_s", tokens_per_second);
     add_double(o, "mfu", mfu);
-    json_object* mem = json_object_new_object();
-    for (int i = 0; i < MEMORY_CATEGORIES; i++) { add_int(mem, memory_names[i], (int64_t)r->memory.bytes[i]); }
-    json_object_object_add(o, "mem", mem);
+    json_object_object_add(o, "mem", memory_json(r->fullest));
     json_object* comm = json_object_new_object();
     for (int i = 0; i < COMM_OPERATIONS; i++) {
         if (sent[i] > 0) { add_int(comm, comm_names[i], (int64_t)sent[i]); }
@@ -1593,6 +1620,7 @@ static void setup(Run* r, int argc, char** argv) {
     settings_text(r, text, sizeof(text));  // again, with what the recipe has set: a flag that was given may be another's default
     require_same_everywhere(&r->group, "flags", text);
     model_plan(&r->model, &r->config, &r->group, &r->memory);
+    compare_memory(r);
     memory_require(&r->memory, r->world.ranks_per_device, "a smaller --micro-batch or --seq-len, or a higher --recompute, needs less");
     barrier(&r->group);  // every rank has found its input good: from here on things are written
     r->log = no_log();

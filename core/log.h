@@ -304,7 +304,8 @@ struct LogRow {
 
 struct MemoryRow {
     const char* name;
-    int64_t bytes;
+    int64_t bytes;  // of the fullest rank
+    int64_t least;  // of the emptiest
 };
 
 static inline int columns_of(const char* text) {
@@ -337,19 +338,23 @@ static inline void log_table(FILE* file, const char* title, const LogRow* rows, 
     fflush(file);
 }
 
-// Name, size and share of each category, and their total.
+// Name, size and share of each category, and their total; and the sizes of the emptiest rank, where ranks differ.
 static inline void log_memory_table(FILE* file, const char* title, const MemoryRow* rows, int count) {
     int width = columns_of("total");
-    double total = 0;
+    double total = 0, total_least = 0;
+    bool differ = false;
     for (int i = 0; i < count; i++) {
         width = max_of(width, columns_of(rows[i].name));
         total += (double)rows[i].bytes;
+        total_least += (double)rows[i].least;
+        differ |= rows[i].least != rows[i].bytes;
     }
     fprintf(file, "%s\n", title);
     for (int i = 0; i <= count; i++) {
-        double bytes = i < count ? (double)rows[i].bytes : total;
+        double bytes = i < count ? (double)rows[i].bytes : total, least = i < count ? (double)rows[i].least : total_least;
         char value[80];
-        snprintf(value, sizeof(value), "%9s  %5.1f%%", text_bytes(bytes).s, total > 0 ? 100.0 * bytes / total : 0.0);
+        int n = snprintf(value, sizeof(value), "%9s  %5.1f%%", text_bytes(bytes).s, total > 0 ? 100.0 * bytes / total : 0.0);
+        if (differ) { snprintf(value + n, sizeof(value) - (size_t)n, "  %9s", text_bytes(least).s); }
         log_row(file, i < count ? rows[i].name : "total", width, value);
     }
     fflush(file);

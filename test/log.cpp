@@ -445,7 +445,7 @@ static void tables_align(void**) {
 
 static void memory_tables_add_up(void**) {
     FILE* file = tmpfile();
-    const MemoryRow rows[] = {{"weights", 1 << 30}, {"gradients", 3ll << 30}, {"workspace", 0}};
+    MemoryRow rows[] = {{"weights", 1 << 30, 1 << 30}, {"gradients", 3ll << 30, 3ll << 30}, {"workspace", 0, 0}};
     log_memory_table(file, "memory of rank 0", rows, 3);
     assert_string_equal(text_of(file), "memory of rank 0\n"
                                        "  weights     1.00 GiB   25.0%\n"
@@ -455,6 +455,14 @@ static void memory_tables_add_up(void**) {
     file = tmpfile();
     log_memory_table(file, "nothing", rows, 0);
     assert_string_equal(text_of(file), "nothing\n  total        0 B    0.0%\n");
+    file = tmpfile();
+    rows[1].least = 1 << 20;
+    log_memory_table(file, "ranks differ", rows, 3);
+    assert_string_equal(text_of(file), "ranks differ\n"
+                                       "  weights     1.00 GiB   25.0%   1.00 GiB\n"
+                                       "  gradients   3.00 GiB   75.0%   1.00 MiB\n"
+                                       "  workspace        0 B    0.0%        0 B\n"
+                                       "  total       4.00 GiB  100.0%   1.00 GiB\n");
 }
 
 // ---- the step line ----
