@@ -15,8 +15,9 @@
 // With ZeRO a rank does this for the stretch of each tensor that it keeps (core/partition.h). Scales belong to the whole tensor: the amaxes of all tensors are exchanged once, between
 // the two passes. The weights come back to all ranks afterwards (comm.cuh).
 //
-// Master and moments may each be in FP32, BF16, FP16, E4M3 or E5M2 (FP8-LM's precision decoupling). The arithmetic is always FP32. FP16 and FP8 have scales: one a tensor, for
-// which a first pass over all tensors finds the new amaxes and a second writes; or one a block of 128 elements, made in the same pass. No FP32 copy of a tensor exists.
+// Master and moments may each be in FP32, BF16, FP16, E4M3 or E5M2 (FP8-LM's precision decoupling), v in UE5M3 too. The arithmetic is always FP32. FP16 and FP8 have scales: one
+// a tensor, for which a first pass over all tensors finds the new amaxes and a second writes; or one a block of 128 elements, made in the same pass. No FP32 copy of a tensor exists.
+// v in FP8 is meant to be rounded stochastically: to the nearest of 3 mantissa bits 0.95·v is often v again, and v stands still.
 #pragma once
 #include "core/collectives.cuh"  // the process group
 #include "core/gradient.cuh" // pieces, formats of gradients
@@ -192,7 +193,7 @@ struct StateView {
     }
 };
 
-static inline bool has_scale(DType t) { return t == FP16 || is_fp8(t); }
+static inline bool has_scale(DType t) { return t == FP16 || dtype_bytes(t) == 1; }
 
 static inline StateView view_of(const OptimizerTensor* t, Rounding rounding, RandomKey key) {
     return StateView{t->dtype, rounding, (char*)t->data, t->slot, t->exponents, key};

@@ -33,7 +33,7 @@ enum Position { POSITION_ROPE, POSITION_LEARNED };
 enum FP8Format { FORMAT_E4M3, FORMAT_E5M2 };
 enum GradFormat { GRAD_FP32, GRAD_BF16, GRAD_E4M3, GRAD_E5M2 };
 enum OptBlock { BLOCK_TENSOR, BLOCK_128 };
-enum StateFormat { STATE_FP32, STATE_BF16, STATE_FP16, STATE_E4M3, STATE_E5M2 };  // as in DType
+enum StateFormat { STATE_FP32, STATE_BF16, STATE_FP16, STATE_E4M3, STATE_E5M2, STATE_UE5M3 };  // as in DType
 
 static const DType grad_formats[] = {FP32, BF16, E4M3, E5M2};  // by GradFormat
 
@@ -173,10 +173,10 @@ static void option_table(OptionTable* t, Args* a) {
         option_choice("grad-accum-rounding", NULL, &a->grad_accum_rounding, "nearest|stochastic", "R", "of accumulators below FP32", "stochastic; nearest for e4m3"),
         option_choice("master-dtype", NULL, &a->master_dtype, "fp32|bf16|fp16|e4m3|e5m2", "F", "master weights of matrices; FP16 and FP8 have scales", "by --recipe"),
         option_choice("m-dtype", NULL, &a->m_dtype, "fp32|bf16|fp16|e4m3|e5m2", "F", "AdamW's first moment", "by --recipe"),
-        option_choice("v-dtype", NULL, &a->v_dtype, "fp32|bf16|fp16|e4m3|e5m2", "F", "AdamW's second moment", "by --recipe"),
-        option_choice("opt-block", NULL, &a->opt_block, "0|128", "N", "elements that share a scale of these states; 0: all of a tensor"),
-        option_choice("master-rounding", NULL, &a->master_rounding, "nearest|stochastic", "R", "of master weights below FP32"),
-        option_choice("moment-rounding", NULL, &a->moment_rounding, "nearest|stochastic", "R", "of moments below FP32"),
+        option_choice("v-dtype", NULL, &a->v_dtype, "fp32|bf16|fp16|e4m3|e5m2|ue5m3", "F", "AdamW's second moment; ue5m3: no sign, E5M2's range, E4M3's unit", "by --recipe"),
+        option_choice("opt-block", NULL, &a->opt_block, "0|128", "N", "elements that share a scale of these states; 0: all of a tensor", "by --recipe"),
+        option_choice("master-rounding", NULL, &a->master_rounding, "nearest|stochastic", "R", "of master weights below FP32", "by --recipe"),
+        option_choice("moment-rounding", NULL, &a->moment_rounding, "nearest|stochastic", "R", "of moments below FP32", "by --recipe"),
         option_int("zero", "z", &a->zero, 0, 2, "N", "what the ranks divide between them: 0 nothing, 1 optimizer states, 2 gradients too"),
         option_choice("zero-split", NULL, &a->zero_split, "tensor|flat", "S", "tensor: matrices whole, as in the paper; flat: all tensors in equal parts", "by --recipe"),
         option_int("recompute", "r", &a->recompute, 0, 2, "N", "in backward again instead of kept: 0 nothing, 1 GELU, 2 GELU and LayerNorm"),
@@ -1179,6 +1179,13 @@ static void resolve_optimizer(Run* r) {
         set_default(o, &a->master_dtype, STATE_FP16);
         set_default(o, &a->m_dtype, STATE_E4M3);
         set_default(o, &a->v_dtype, STATE_FP16);
+    } else if (a->recipe == RECIPE_FP8) {
+        set_default(o, &a->master_dtype, STATE_FP16);
+        set_default(o, &a->m_dtype, STATE_E4M3);
+        set_default(o, &a->v_dtype, STATE_UE5M3);
+        set_default(o, &a->opt_block, BLOCK_128);
+        set_default(o, &a->master_rounding, STOCHASTIC);
+        set_default(o, &a->moment_rounding, STOCHASTIC);
     }
     c->master = (DType)a->master_dtype;
     c->m = (DType)a->m_dtype;
@@ -1187,7 +1194,7 @@ static void resolve_optimizer(Run* r) {
         bad_input("--master-dtype %s: in recipe fp32 the weights are the masters; allowed: fp32", dtype_names[c->master]);
     }
     static_assert(STATE_BLOCK == 128, "BLOCK_128");
-    if (a->opt_block == BLOCK_128 && !has_scale(c->master) && !has_scale(c->m) && !has_scale(c->v)) {
+    if (option_given(o, &a->opt_block) && a->opt_block == BLOCK_128 && !has_scale(c->master) && !has_scale(c->m) && !has_scale(c->v)) {
         bad_input("--opt-block %d: master, m and v are in fp32 or bf16 and have no scales; give one of them fp16, e4m3 or e5m2", STATE_BLOCK);
     }
     if (option_given(o, &a->master_rounding) && c->master == FP32) { bad_input("--master-rounding: the masters are in fp32 and not rounded; give --master-dtype with it"); }

@@ -315,8 +315,14 @@ template <class T, int N> DEVICE void store(T* p, Range<N> c, const Vec<N>& x) {
 // `first`: the number of element p[0] within the unsharded tensor
 template <class T, int N> DEVICE void store_stochastic(T* p, Range<N> c, const Vec<N>& x, RandomKey key, uint64_t first) {
     Raw<T, N> r;
-    UNROLL
-    for (int k = 0; k < N; k++) { from_float_stochastic(r.e[k], x.v[k], random_bits(key, first + c.i + k)); }
+    uint64_t at = first + c.i;
+    if (N > 1 && at >> 32 == (at + N - 1) >> 32) {
+        uint32_t upper = random_upper(key, at);
+        UNROLL
+        for (int k = 0; k < N; k++) { from_float_stochastic(r.e[k], x.v[k], random_lower(key, at + (uint64_t)k, upper)); }
+    } else {
+        for (int k = 0; k < N; k++) { from_float_stochastic(r.e[k], x.v[k], random_bits(key, at + (uint64_t)k)); }
+    }
     store_raw(p, c, r);
 }
 
@@ -341,6 +347,7 @@ template <int N> DEVICE Vec<N> load_as(DType t, const void* p, Range<N> c, int c
         case FP16: return load_some((const fp16*)p, c, count);
         case E4M3: return load_some((const e4m3*)p, c, count);
         case E5M2: return load_some((const e5m2*)p, c, count);
+        case UE5M3: return load_some((const ue5m3*)p, c, count);
         default: return load_some((const float*)p, c, count);
     }
 }
@@ -350,6 +357,7 @@ template <Rounding R, int N> DEVICE void store_as(DType t, void* p, Range<N> c, 
         case FP16: store_some<R>((fp16*)p, c, count, x, key, first); break;
         case E4M3: store_some<R>((e4m3*)p, c, count, x, key, first); break;
         case E5M2: store_some<R>((e5m2*)p, c, count, x, key, first); break;
+        case UE5M3: store_some<R>((ue5m3*)p, c, count, x, key, first); break;
         default: store_some<NEAREST>((float*)p, c, count, x, key, first);
     }
 }

@@ -4,10 +4,14 @@
 //   E4M3    1.4.3, bias 7, no inf, NaN 0x7f   448     2^-6        2^-9           saturates, inf too
 //   E5M2    1.5.2, bias 15, IEEE-like         57344   2^-14       2^-16          saturates, inf too
 //   FP16    1.5.10, bias 15, IEEE             65504   2^-14       2^-24          saturates, inf too
+//   UE5M3   0.5.3, bias 15, no inf, NaN 0xff  114688  2^-14       2^-17          saturates, inf too
 //   BF16    1.8.7, bias 127, IEEE             3.4e38  2^-126      2^-133         to inf: it is the working format of activations, where an
 //                                                                                inf must stay visible to the check for non-finite steps
 //
-// All four are encoded by one function. The float's 24-bit significand m is shifted right until its last kept bit is worth one unit of the target
+// UE5M3 is for AdamW's second moment, which has no sign and decays by 5 % a step: the range of E5M2 with the unit of E4M3. What it is cast from loses its
+// sign, and what is not 0 never becomes 0: that would divide the first moment by ε alone.
+//
+// All but BF16 are encoded by one function. The float's 24-bit significand m is shifted right until its last kept bit is worth one unit of the target
 // at that exponent (further below the normal range: that is all that subnormals are), rounded there, and added to the exponent field: a carry out
 // of the significand then lands in the exponent by itself. Rounding is to nearest even, or stochastic with 32 given random bits. There are no
 // branches, so the loops over a row vectorise; shifts by a variable count are one instruction on AVX2, AVX-512 and GPUs.
@@ -17,17 +21,18 @@
 #pragma once
 #include "common.h"
 
-enum DType { FP32, BF16, FP16, E4M3, E5M2, DTYPE_COUNT };
+enum DType { FP32, BF16, FP16, E4M3, E5M2, UE5M3, DTYPE_COUNT };
 
-static const char* const dtype_names[DTYPE_COUNT] = {"fp32", "bf16", "fp16", "e4m3", "e5m2"};
+static const char* const dtype_names[DTYPE_COUNT] = {"fp32", "bf16", "fp16", "e4m3", "e5m2", "ue5m3"};
 
 DEVICE int dtype_bytes(DType t) { return t == FP32 ? 4 : t == BF16 || t == FP16 ? 2 : 1; }
-DEVICE bool is_fp8(DType t) { return t == E4M3 || t == E5M2; }
+DEVICE bool is_fp8(DType t) { return t == E4M3 || t == E5M2; }  // what is multiplied and sent
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 struct e4m3 { uint8_t bits; };
 struct e5m2 { uint8_t bits; };
+struct ue5m3 { uint8_t bits; };
 
 template <class T> struct DTypeOf;
 template <> struct DTypeOf<float> { static constexpr DType value = FP32; };
@@ -35,6 +40,7 @@ template <> struct DTypeOf<bf16> { static constexpr DType value = BF16; };
 template <> struct DTypeOf<fp16> { static constexpr DType value = FP16; };
 template <> struct DTypeOf<e4m3> { static constexpr DType value = E4M3; };
 template <> struct DTypeOf<e5m2> { static constexpr DType value = E5M2; };
+template <> struct DTypeOf<ue5m3> { static constexpr DType value = UE5M3; };
 
 DEVICE float bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 DEVICE uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
@@ -54,6 +60,7 @@ template <int MAN_, int BIAS_, uint32_t MAX_, uint32_t NAN_> struct Layout {
 };
 typedef Layout<3, 7, 0x7e, 0x7f> LayoutE4M3;
 typedef Layout<2, 15, 0x7b, 0x7f> LayoutE5M2;
+typedef Layout<3, 15, 0xfe, 0xff> LayoutUE5M3;
 typedef Layout<10, 15, 0x7bff, 0x7fff> LayoutFP16;
 
 enum Rounding { NEAREST, STOCHASTIC };
@@ -89,6 +96,11 @@ template <class L, Rounding R, int SIGN> DEVICE uint32_t encode(float x, uint32_
     return sign | encode_magnitude<L, R>(u, random);
 }
 
+template <Rounding R> DEVICE uint8_t encode_ue5m3(float x, uint32_t random) {
+    uint32_t u = float_to_bits(x) & 0x7fffffffu, code = encode_magnitude<LayoutUE5M3, R>(u, random);
+    return (uint8_t)(code == 0 && u != 0 ? 1u : code);
+}
+
 template <Rounding R> DEVICE uint16_t encode_bf16(float x, uint32_t random) {
     uint32_t u = float_to_bits(x);
     uint32_t add = R == NEAREST ? 0x7fffu + ((u >> 16) & 1u) : (random >> 16);
@@ -103,6 +115,7 @@ DEVICE void from_float(bf16& d, float x) { d.bits = encode_bf16<NEAREST>(x, 0); 
 DEVICE void from_float(fp16& d, float x) { d.bits = (uint16_t)encode<LayoutFP16, NEAREST, 15>(x, 0); }
 DEVICE void from_float(e4m3& d, float x) { d.bits = (uint8_t)encode<LayoutE4M3, NEAREST, 7>(x, 0); }
 DEVICE void from_float(e5m2& d, float x) { d.bits = (uint8_t)encode<LayoutE5M2, NEAREST, 7>(x, 0); }
+DEVICE void from_float(ue5m3& d, float x) { d.bits = encode_ue5m3<NEAREST>(x, 0); }
 
 // x to one of its two neighbours, the nearer the likelier: the expected value is x (within range). `random`: 32 random bits.
 DEVICE void from_float_stochastic(float& d, float x, uint32_t) { d = x; }
@@ -110,6 +123,7 @@ DEVICE void from_float_stochastic(bf16& d, float x, uint32_t random) { d.bits = 
 DEVICE void from_float_stochastic(fp16& d, float x, uint32_t random) { d.bits = (uint16_t)encode<LayoutFP16, STOCHASTIC, 15>(x, random); }
 DEVICE void from_float_stochastic(e4m3& d, float x, uint32_t random) { d.bits = (uint8_t)encode<LayoutE4M3, STOCHASTIC, 7>(x, random); }
 DEVICE void from_float_stochastic(e5m2& d, float x, uint32_t random) { d.bits = (uint8_t)encode<LayoutE5M2, STOCHASTIC, 7>(x, random); }
+DEVICE void from_float_stochastic(ue5m3& d, float x, uint32_t random) { d.bits = encode_ue5m3<STOCHASTIC>(x, random); }
 
 // `special`: the lowest code whose exponent field means inf or NaN (E4M3: only the one NaN code)
 template <class L> DEVICE float decode(uint32_t code, uint32_t sign_bit, bool special) {
@@ -126,6 +140,7 @@ DEVICE float to_float(bf16 x) { return bits_to_float((uint32_t)x.bits << 16); }
 DEVICE float to_float(fp16 x) { return decode<LayoutFP16>(x.bits & 0x7fffu, (uint32_t)x.bits >> 15, (x.bits & 0x7c00u) == 0x7c00u); }
 DEVICE float to_float(e4m3 x) { return decode<LayoutE4M3>(x.bits & 0x7fu, (uint32_t)x.bits >> 7, (x.bits & 0x7fu) == 0x7fu); }
 DEVICE float to_float(e5m2 x) { return decode<LayoutE5M2>(x.bits & 0x7fu, (uint32_t)x.bits >> 7, (x.bits & 0x7cu) == 0x7cu); }
+DEVICE float to_float(ue5m3 x) { return decode<LayoutUE5M3>(x.bits, 0u, x.bits == 0xffu); }
 
 // ---- FP8 to BF16, times a power of two ----
 
@@ -157,7 +172,7 @@ template <class T> DEVICE float round_to(float x) { T t; from_float(t, x); retur
 
 // ---- scales ----
 
-DEVICE float largest_of(DType t) { return t == E4M3 ? 448.0f : t == E5M2 ? 57344.0f : t == FP16 ? 65504.0f : 3.4028235e38f; }
+DEVICE float largest_of(DType t) { return t == E4M3 ? 448.0f : t == E5M2 ? 57344.0f : t == FP16 ? 65504.0f : t == UE5M3 ? 114688.0f : 3.4028235e38f; }
 
 // The quantising scale 2^floor(log2(largest/amax) - margin), clamped to 2^±126. amax 0, inf and NaN say nothing of the range: the old scale stays.
 DEVICE float scale_from_amax(float amax, float largest, int margin, float old_scale) {
@@ -184,7 +199,7 @@ DEVICE uint32_t mix32(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-// 32 random bits for one element of the unsharded tensor
-DEVICE uint32_t random_bits(RandomKey key, uint64_t element) {
-    return mix32(mix32((uint32_t)element ^ key.a) + (mix32((uint32_t)(element >> 32) ^ key.b) ^ key.b));
-}
+// 32 random bits for one element of the unsharded tensor, from the two halves of its number; most neighbours share the upper one
+DEVICE uint32_t random_upper(RandomKey key, uint64_t element) { return mix32((uint32_t)(element >> 32) ^ key.b) ^ key.b; }
+DEVICE uint32_t random_lower(RandomKey key, uint64_t element, uint32_t upper) { return mix32(mix32((uint32_t)element ^ key.a) + upper); }
+DEVICE uint32_t random_bits(RandomKey key, uint64_t element) { return random_lower(key, element, random_upper(key, element)); }

@@ -596,11 +596,12 @@ static std::vector<double> magnitudes_of(int mantissa, int bias, uint32_t top) {
 static const std::vector<double>& magnitudes(DType t) {
     static const std::vector<double> in_bf16 = magnitudes_of(7, 127, 0x7f80), in_fp16 = magnitudes_of(10, 15, 0x7bff);
     static const std::vector<double> in_e4m3 = magnitudes_of(3, 7, 0x7e), in_e5m2 = magnitudes_of(2, 15, 0x7b);
-    return t == BF16 ? in_bf16 : t == FP16 ? in_fp16 : t == E4M3 ? in_e4m3 : in_e5m2;
+    static const std::vector<double> in_ue5m3 = magnitudes_of(3, 15, 0xfe);
+    return t == BF16 ? in_bf16 : t == FP16 ? in_fp16 : t == E4M3 ? in_e4m3 : t == E5M2 ? in_e5m2 : in_ue5m3;
 }
-static int sign_bit_of(DType t) { return t == BF16 || t == FP16 ? 15 : 7; }
+static int sign_bit_of(DType t) { return t == BF16 || t == FP16 ? 15 : t == UE5M3 ? 8 : 7; }  // UE5M3 has none
 static bool is_scaled(DType t) { return t != FP32 && t != BF16; }
-static double top_of_format(DType t) { return t == E4M3 ? 448.0 : t == E5M2 ? 57344.0 : 65504.0; }
+static double top_of_format(DType t) { return t == E4M3 ? 448.0 : t == E5M2 ? 57344.0 : t == UE5M3 ? 114688.0 : 65504.0; }
 
 static float model_value(DType t, uint32_t code) {
     if (t == FP32) { return bits_to_float(code); }
@@ -610,7 +611,7 @@ static float model_value(DType t, uint32_t code) {
 }
 
 // The lower neighbour is searched for. `random` NULL: nearest, ties to even; else 32 random bits, and the part of the significand below the unit
-// between the neighbours rounds up where it and the bits carry.
+// between the neighbours rounds up where it and the bits carry. UE5M3 has 0 for 0 only.
 static uint32_t model_code(DType t, float x, const uint32_t* random) {
     uint32_t bits = float_to_bits(x);
     if (t == FP32) { return bits; }
@@ -629,6 +630,7 @@ static uint32_t model_code(DType t, float x, const uint32_t* random) {
         else { tail = shift < 62 ? tail >> (shift - 31) : 0; shift = 31; }
         up = (tail + (uint64_t)(*random >> (32 - shift))) >> shift != 0;
     }
+    if (t == UE5M3 && low == 0 && a > 0.0) { up = true; }
     return sign | (low + up);
 }
 
@@ -972,15 +974,15 @@ struct Narrow {
     }
 };
 
-static const DType ALL_FORMATS[] = {FP32, BF16, FP16, E4M3, E5M2};
+static const DType ALL_FORMATS[] = {FP32, BF16, FP16, E4M3, E5M2}, SECOND_MOMENTS[] = {FP32, BF16, FP16, E4M3, E5M2, UE5M3};
 
 // Gradients of every size, zeros, and sizes so small that their squares are subnormal: v's codes become zeros, whose scale stays.
-// Blocks differ; in one of the kinds of step some are zero.
+// Blocks differ; in one of the kinds of step some are zero. An element in 16 is so much smaller than its block that its square is below v's smallest code.
 static float awkward_gradient(size_t t, size_t i, size_t k) {
     static const double sizes[] = {1e-3, 1e5, 1e-3, 0.0, 1e-12, 0.1, 1e-3, 1e-20, 0.0, 1e-30};
     size_t kind = t % 10, block = (k / 128 + i) % 5;
     if (sizes[kind] == 0.0 || (kind == 6 && block % 2 == 0)) { return 0.0f; }
-    return (float)(normal() * sizes[kind] * ldexp(1.0, 5 * (int)block - 10));
+    return (float)(normal() * sizes[kind] * ldexp(1.0, 5 * (int)block - (k % 16 == 5 ? 32 : 10)));
 }
 
 // `phase`: where in the row of gradients it begins; it also picks clipping, masters of zero and a skipped step
@@ -1004,7 +1006,7 @@ template <class F> static void each_combination(F f) {
     size_t number = 0;
     for (DType master : ALL_FORMATS) {
         for (DType m : ALL_FORMATS) {
-            for (DType v : ALL_FORMATS) {
+            for (DType v : SECOND_MOMENTS) {
                 bool scaled = is_scaled(master) || is_scaled(m) || is_scaled(v);
                 bool rounded = scaled || master == BF16 || m == BF16 || v == BF16;
                 for (int mode = 0; mode < 4; mode++) {
@@ -1035,8 +1037,8 @@ static void tensors_of_more_than_a_piece_are_those_of_the_model(void**) {
 }
 
 static void two_hundred_steps_are_those_of_the_model(void**) {
-    const DType picks[][3] = {{FP16, E4M3, FP16}, {FP16, E4M3, E4M3}, {E4M3, E5M2, E4M3},
-                              {FP32, E4M3, E5M2}, {BF16, BF16, BF16}, {E5M2, FP32, FP16}};
+    const DType picks[][3] = {{FP16, E4M3, FP16}, {FP16, E4M3, E4M3}, {E4M3, E5M2, E4M3}, {FP32, E4M3, E5M2},
+                              {BF16, BF16, BF16}, {E5M2, FP32, FP16}, {FP16, E4M3, UE5M3}, {BF16, FP16, UE5M3}};
     const Rounding ways[][2] = {{NEAREST, NEAREST}, {STOCHASTIC, STOCHASTIC}, {STOCHASTIC, NEAREST}, {NEAREST, STOCHASTIC}};
     size_t number = 0;
     for (const DType* p : picks) {
@@ -1049,7 +1051,7 @@ static void two_hundred_steps_are_those_of_the_model(void**) {
         }
     }
     for (bool by_block : {false, true}) {
-        Formats f = {FP16, E4M3, FP16, by_block, STOCHASTIC, NEAREST};
+        Formats f = {FP16, E4M3, by_block ? UE5M3 : FP16, by_block, STOCHASTIC, by_block ? STOCHASTIC : NEAREST};
         follow_the_model(f, {{5000, E4M3, E4M3}, {4097, BF16, BF16}}, 30, 0);
     }
 }
@@ -1058,7 +1060,7 @@ static void two_hundred_steps_are_those_of_the_model(void**) {
 static void weights_that_are_masters_follow_the_model_too(void**) {
     size_t number = 0;
     for (DType m : ALL_FORMATS) {
-        for (DType v : ALL_FORMATS) {
+        for (DType v : SECOND_MOMENTS) {
             for (bool by_block : {false, true}) {
                 Formats f = {FP32, m, v, by_block, STOCHASTIC, STOCHASTIC};
                 follow_the_model(f, {{129, FP32, FP32}, {4097, FP32, BF16}}, 3, number++);
@@ -1116,9 +1118,12 @@ static void narrow_states_stay_near_float64_and_fp8_masters_do_not(void**) {
         {E4M3, E4M3, FP16, true, STOCHASTIC, 0, 0.15, 0.5},   // moves, by units that are too large
         {FP16, E4M3, E4M3, true, NEAREST, 4, 0.0, 0.06},      // blocks have the scales that they need
         {FP16, E4M3, E4M3, false, NEAREST, 4, 1.0, 1e9},      // v of the smaller ones is 0
+        {FP16, E4M3, UE5M3, true, STOCHASTIC, 0, 0.0, 0.06},
+        {FP16, E4M3, UE5M3, true, STOCHASTIC, 4, 0.0, 0.06},
+        {FP16, E4M3, UE5M3, false, STOCHASTIC, 2, 0.0, 0.06},
     };
     for (auto c : cases) {
-        double d = distance_from_float64(Formats{c.master, c.m, c.v, c.by_block, c.rounding, NEAREST}, c.spread);
+        double d = distance_from_float64(Formats{c.master, c.m, c.v, c.by_block, c.rounding, c.v == UE5M3 ? c.rounding : NEAREST}, c.spread);
         if (d < c.least || d > c.most) {
             fail_msg("%s/%s/%s by %s, spread %d: %.5f from float64", dtype_names[c.master], dtype_names[c.m], dtype_names[c.v],
                      c.by_block ? "block" : "tensor", c.spread, d);
@@ -1168,12 +1173,56 @@ static void stochastic_masters_are_unbiased(void**) {
     }
 }
 
+// Without a gradient v decays by 5 % a step. Stochastically it does so in the mean; to the nearest of 3 mantissa bits it soon stands still.
+static void stochastic_second_moments_decay(void**) {
+    const int steps = 60;
+    for (DType v : {E4M3, UE5M3}) {
+        for (bool by_block : {false, true}) {
+            double left[2];
+            for (Rounding r : {NEAREST, STOCHASTIC}) {
+                Narrow a(Formats{FP32, E4M3, v, by_block, NEAREST, r}, {{20000, BF16, FP32}}, 9);
+                a.modelled = false;
+                a.set_masters(a.filled([](size_t, size_t) { return 0.0f; }));
+                a.step(a.filled([](size_t, size_t k) { return k % 128 == 0 ? 1.0f : (float)uniform(0.1, 1.0); }), 1.0f, "");
+                double before = 0.0, after = 0.0;
+                for (float x : a.decoded(0, &Param::v)) { before += (double)x; }
+                for (int t = 0; t < steps; t++) { a.step(a.filled([](size_t, size_t) { return 0.0f; }), 1.0f, ""); }
+                for (float x : a.decoded(0, &Param::v)) { after += (double)x; }
+                left[r] = after / before;
+            }
+            expect_near(left[STOCHASTIC], pow(0.95, steps), 0.03 * pow(0.95, steps), "%s by %s", dtype_names[v], by_block ? "block" : "tensor");
+            assert_true(left[NEAREST] > 0.5);
+        }
+    }
+}
+
+// Gradients that are 2^17 to 2^24 times smaller than the block's largest: v is below its smallest code, m may not be. UE5M3 keeps v above 0, so that no
+// weight moves by more than a few times lr; where v becomes 0, m is divided by ε.
+static void no_weight_leaps_where_v_underflows(void**) {
+    for (DType v : {UE5M3, E5M2}) {
+        Narrow a(Formats{FP32, E4M3, v, true, NEAREST, STOCHASTIC}, {{12800, BF16, FP32}}, 9);
+        a.modelled = false;
+        a.decay = 0.0f;
+        a.set_masters(a.filled([](size_t, size_t) { return 0.0f; }));
+        double farthest = 0.0;
+        std::vector<float> before = a.decoded(0, &Param::master);
+        for (int t = 0; t < 20; t++) {
+            a.step(a.filled([](size_t, size_t k) { return (float)(k % 128 == 0 ? 0.5 : 0.5 * normal() * ldexp(1.0, -17 - (int)(k % 8))); }), 1.0f, "");
+            std::vector<float> after = a.decoded(0, &Param::master);
+            for (size_t k = 0; k < after.size(); k++) { farthest = fmax(farthest, fabs((double)after[k] - (double)before[k])); }
+            before = after;
+        }
+        double moves = farthest / (double)a.rates.lr;
+        if (v == UE5M3 ? moves > 4.0 : moves < 10.0) { fail_msg("%s: a weight moves by %.2f lr", dtype_names[v], moves); }
+    }
+}
+
 static void random_bits_do_not_depend_on_threads_and_do_on_the_seed(void**) {
     for (bool by_block : {false, true}) {
         std::vector<char> after[3];
         for (int run = 0; run < 3; run++) {
             random_state = 31;
-            Formats f = {FP16, E4M3, E5M2, by_block, STOCHASTIC, STOCHASTIC};
+            Formats f = {FP16, E4M3, UE5M3, by_block, STOCHASTIC, STOCHASTIC};
             Narrow a(f, {{20001, E4M3, BF16}, {129, BF16, FP32}}, run == 2 ? 8 : 7);
             a.modelled = false;
             with_threads(run == 1 ? 2 : 1, [&] {
@@ -1229,7 +1278,7 @@ static void set_masters_are_the_nearest_codes_and_weights_follow(void**) {
 static void a_state_of_zeros_keeps_its_scale(void**) {
     for (DType t : {FP16, E4M3, E5M2}) {
         for (bool by_block : {false, true}) {
-            Narrow a(Formats{t, t, t, by_block, STOCHASTIC, NEAREST}, {{200, BF16, FP32}}, 3);
+            Narrow a(Formats{t, t, t == E5M2 ? UE5M3 : t, by_block, STOCHASTIC, NEAREST}, {{200, BF16, FP32}}, 3);
             auto zeros = a.filled([](size_t, size_t) { return 0.0f; });
             a.set_masters(zeros);
             OptimizerTensor* states[] = {&a.table->items[0].master, &a.table->items[0].m, &a.table->items[0].v};
@@ -1253,25 +1302,27 @@ static void a_state_of_zeros_keeps_its_scale(void**) {
 
 // By hand: a: 163,713 elements, kept as 163,840 (1280 blocks, 40 pieces); b: 10 as 128 (one block, 1 piece). Together 163,968 and 1281 exponents.
 static void memory_of_narrow_states_is_as_documented(void**) {
-    for (bool by_block : {false, true}) {
-        for (bool masters : {false, true}) {
-            ParamTable* table = new ParamTable();
-            for (int64_t rows : {3, 1}) {
-                Param* p = param_add(table, "p", 0, rows, rows == 3 ? 54571 : 10, MATRIX, masters ? FP32 : E4M3);
-                p->master.dtype = masters ? FP32 : FP16;
-                p->m.dtype = E4M3;
-                p->v.dtype = FP16;
+    for (DType v : {FP16, UE5M3}) {
+        for (bool by_block : {false, true}) {
+            for (bool masters : {false, true}) {
+                ParamTable* table = new ParamTable();
+                for (int64_t rows : {3, 1}) {
+                    Param* p = param_add(table, "p", 0, rows, rows == 3 ? 54571 : 10, MATRIX, masters ? FP32 : E4M3);
+                    p->master.dtype = masters ? FP32 : FP16;
+                    p->m.dtype = E4M3;
+                    p->v.dtype = v;
+                }
+                Memory m = {};
+                Optimizer o = {};
+                o.config.by_block = by_block;
+                optimizer_allocate(&o, table, masters, &m);
+                const size_t scales = by_block ? 1536 : 256, in_16_bits = 327936, in_8_bits = 164096;  // each a multiple of 256
+                size_t want = round_up(sizeof(OptimizerState), (size_t)256) + 6 * 256 + in_8_bits + (v == FP16 ? in_16_bits : in_8_bits) + 2 * scales;
+                want += masters ? 0 : in_16_bits + scales;
+                assert_int_equal(m.bytes[OPTIMIZER], want);
+                assert_int_equal(memory_total(&m), want);
+                delete table;
             }
-            Memory m = {};
-            Optimizer o = {};
-            o.config.by_block = by_block;
-            optimizer_allocate(&o, table, masters, &m);
-            const size_t scales = by_block ? 1536 : 256, in_16_bits = 327936, in_8_bits = 164096;  // each a multiple of 256
-            size_t want = round_up(sizeof(OptimizerState), (size_t)256) + 6 * 256 + in_8_bits + in_16_bits + 2 * scales;
-            want += masters ? 0 : in_16_bits + scales;
-            assert_int_equal(m.bytes[OPTIMIZER], want);
-            assert_int_equal(memory_total(&m), want);
-            delete table;
         }
     }
 }
@@ -1300,6 +1351,8 @@ int main(void) {
         cmocka_unit_test(weights_that_are_masters_follow_the_model_too),
         cmocka_unit_test(narrow_states_stay_near_float64_and_fp8_masters_do_not),
         cmocka_unit_test(stochastic_masters_are_unbiased),
+        cmocka_unit_test(stochastic_second_moments_decay),
+        cmocka_unit_test(no_weight_leaps_where_v_underflows),
         cmocka_unit_test(random_bits_do_not_depend_on_threads_and_do_on_the_seed),
         cmocka_unit_test(a_skipped_step_leaves_narrow_states_alone),
         cmocka_unit_test(set_masters_are_the_nearest_codes_and_weights_follow),

@@ -124,7 +124,9 @@ EOT
 --grad-accum-rounding up | --grad-accum-rounding: 'up'*nearest*stochastic*
 --master-dtype int8 | --master-dtype: 'int8'*fp32*bf16*fp16*e4m3*e5m2*
 --m-dtype fp64 | --m-dtype: 'fp64'*fp32*e5m2*
---v-dtype 8 | --v-dtype: '8'*fp32*e5m2*
+--v-dtype 8 | --v-dtype: '8'*fp32*e5m2*ue5m3*
+--m-dtype ue5m3 | --m-dtype: 'ue5m3' is not known; allowed: fp32*e5m2*
+--master-dtype ue5m3 | --master-dtype: 'ue5m3' is not known; allowed: fp32*e5m2*
 --opt-block 129 | --opt-block: '129' is not known; allowed: 0, 128*
 --opt-block -1 | --opt-block: '-1' is not known; allowed: 0, 128*
 --master-rounding down | --master-rounding: 'down'*nearest*stochastic*
@@ -161,10 +163,12 @@ EOT
 --recipe fp8-lm --grad-dtype bf16 --grad-accum-dtype e4m3 | --grad-accum-dtype e4m3*narrower than --grad-dtype bf16*
 --recipe bf16 --grad-accum-rounding nearest | --grad-accum-rounding*fp32*
 --log-tensors | --log-tensors*1 rank*
---opt-block 128 | --opt-block 128*fp32 or bf16*no scales*
---opt-block 128 --master-dtype bf16 | --opt-block 128*fp32 or bf16*no scales*
---master-rounding stochastic | --master-rounding*fp32*--master-dtype*
---moment-rounding stochastic --master-dtype bf16 | --moment-rounding*fp32*--m-dtype*--v-dtype*
+--recipe bf16 --opt-block 128 | --opt-block 128*fp32 or bf16*no scales*
+--opt-block 128 --master-dtype bf16 --m-dtype bf16 --v-dtype fp32 | --opt-block 128*fp32 or bf16*no scales*
+--recipe bf16 --master-rounding stochastic | --master-rounding*fp32*--master-dtype*
+--master-rounding nearest --master-dtype fp32 | --master-rounding*fp32*--master-dtype*
+--recipe bf16 --moment-rounding stochastic --master-dtype bf16 | --moment-rounding*fp32*--m-dtype*--v-dtype*
+--moment-rounding nearest --m-dtype fp32 --v-dtype fp32 | --moment-rounding*fp32*--m-dtype*--v-dtype*
 --recipe fp32 --master-dtype bf16 | --master-dtype bf16*recipe fp32*
 --recipe fp8-lm --fp8-fwd e5m2 | --fp8-fwd e5m2*--fp8-bwd e5m2*
 --bf16-layers first:1,last:2 | --bf16-layers: first:1,last:2*2 layers*

@@ -423,6 +423,21 @@ static void memory_moves_between_host_and_device(void**) {
     assert_true(strlen(name) > 0 && strlen(little) == 3 && strncmp(name, little, 3) == 0);
 }
 
+// Elements beyond 2^32 draw bits of their own, also where they share a pack with earlier ones
+static void random_bits_go_on_beyond_32_bits(void**) {
+    RandomKey key = random_key(3, 4, 5);
+    Vec<16> x = Vec<16>::map([](int k) { return 0.1f + 0.01f * (float)k; });
+    for (uint64_t first : {((uint64_t)1 << 32) - 9, (uint64_t)7 << 32, ((uint64_t)1 << 40) - 1, ((uint64_t)1 << 32) - 16}) {
+        e4m3 packed[24], single;
+        store_stochastic(packed, Range<16>{4}, x, key, first - 4);
+        for (int k = 0; k < 16; k++) {
+            from_float_stochastic(single, x.v[k], random_bits(key, first + (uint64_t)k));
+            assert_int_equal(single.bits, packed[4 + k].bits);
+        }
+    }
+    assert_int_not_equal(random_bits(key, 5), random_bits(key, 5 + ((uint64_t)1 << 32)));
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(exp_is_right_within_two_units),
@@ -440,6 +455,7 @@ int main(void) {
         cmocka_unit_test(atomic_maxima_lose_nothing),
         cmocka_unit_test(packs_hold_what_single_elements_hold),
         cmocka_unit_test(packs_calculate_by_element),
+        cmocka_unit_test(random_bits_go_on_beyond_32_bits),
         cmocka_unit_test(ordered_bits_order_as_floats_do),
         cmocka_unit_test(memory_moves_between_host_and_device),
     };

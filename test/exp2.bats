@@ -8,7 +8,7 @@ setup_file() {
     cd "$BATS_TEST_DIRNAME/.." || return
     export LC_ALL=C QUICK=1 OUT=$BATS_FILE_TMPDIR/out DATA=$BATS_FILE_TMPDIR/text.txt OMP_NUM_THREADS=1
     text_file "$DATA" 2000
-    SEEDS='1 2' STEPS=60 LR=1e-2 ROWS='#0 #2a #3 128s' scripts/exp2_decoupling.sh > "$BATS_FILE_TMPDIR/output" 2> "$BATS_FILE_TMPDIR/errors" || {
+    SEEDS='1 2' STEPS=60 LR=1e-2 ROWS='#0 #2a #3 128s ours' scripts/exp2_decoupling.sh > "$BATS_FILE_TMPDIR/output" 2> "$BATS_FILE_TMPDIR/errors" || {
         cat "$BATS_FILE_TMPDIR/output" "$BATS_FILE_TMPDIR/errors"
         return 1
     }
@@ -18,19 +18,20 @@ setup() { cd "$BATS_TEST_DIRNAME/.." || return; }
 
 @test "a row for every format and seed, and the bytes that the formats take" {
     [ "$(head -n 1 "$OUT/exp2.csv")" = row,seed,loss,steps,optimizer_bytes,skipped ]
-    [ "$(tail -n +2 "$OUT/exp2.csv" | cut -d , -f 1,2 | tr '\n' ' ')" = "#0,1 #2a,1 #3,1 128s,1 #0,2 #2a,2 #3,2 128s,2 " ]
+    [ "$(tail -n +2 "$OUT/exp2.csv" | cut -d , -f 1,2 | tr '\n' ' ')" = "#0,1 #2a,1 #3,1 128s,1 ours,1 #0,2 #2a,2 #3,2 128s,2 ours,2 " ]
     awk -F, 'NR > 1 && ($3 !~ /^[0-9.]+$/ || $3 < 0.5 || $3 > 5 || $4 != 60 || $6 != 0) { print; bad = 1 } END { exit bad }' "$OUT/exp2.csv"
-    # 1 layer of width 32: 12,288 elements in matrices, 8,192 in the embedding: 12, 5, 4 and 5 bytes each
+    # 1 layer of width 32: 12,288 elements in matrices, 8,192 in the embedding: 12, 5, 4, 5 and 4 bytes each
     awk -F, '
-        NR > 1 { want["#0"] = 12; want["#2a"] = 5; want["#3"] = 4; want["128s"] = 5; left = $5 - want[$1] * 20480; if (left < 6000 || left > 17000) { print; bad = 1 } }
+        NR > 1 { want["#0"] = 12; want["#2a"] = 5; want["#3"] = 4; want["128s"] = 5; want["ours"] = 4; left = $5 - want[$1] * 20480; if (left < 6000 || left > 17000) { print; bad = 1 } }
         END { exit bad }' "$OUT/exp2.csv"
 }
 
 @test "an FP8 master is seen to be worse, and every claim has its verdict" {
-    [ "$(grep -c . "$OUT/verdict.txt")" = 9 ]
+    [ "$(grep -c . "$OUT/verdict.txt")" = 11 ]
     run ! grep -vE $'^(held|NOT held|not measured)\t[^\t]+\t' "$OUT/verdict.txt"
     grep -qE $'^held\tan FP8 master is worse\t' "$OUT/verdict.txt"
     grep -qE $'^not measured\tFP8 v is worse\t' "$OUT/verdict.txt"
+    grep -qE $'^held\tours ends where #2a does, at fewer bytes\t' "$OUT/verdict.txt"
     grep -qE '^#2a +FP16 master' "$BATS_FILE_TMPDIR/output"
     command -v gnuplot > /dev/null || skip "no gnuplot here"
     [ "$(head -c 8 "$OUT/exp2.png" | od -An -tx1 | tr -d ' \n')" = 89504e470d0a1a0a ]

@@ -15,23 +15,29 @@
 template <class T> struct Format;
 template <> struct Format<e4m3> {
     static constexpr int EXPONENT = 4, MANTISSA = 3, BIAS = 7;
-    static constexpr bool IEEE = false, SATURATES = true;
+    static constexpr bool IEEE = false, SATURATES = true, SIGNED = true;
 };
 template <> struct Format<e5m2> {
     static constexpr int EXPONENT = 5, MANTISSA = 2, BIAS = 15;
-    static constexpr bool IEEE = true, SATURATES = true;
+    static constexpr bool IEEE = true, SATURATES = true, SIGNED = true;
+};
+template <> struct Format<ue5m3> {  // without a sign, and only 0 is rounded to 0
+    static constexpr int EXPONENT = 5, MANTISSA = 3, BIAS = 15;
+    static constexpr bool IEEE = false, SATURATES = true, SIGNED = false;
 };
 template <> struct Format<fp16> {
     static constexpr int EXPONENT = 5, MANTISSA = 10, BIAS = 15;
-    static constexpr bool IEEE = true, SATURATES = true;
+    static constexpr bool IEEE = true, SATURATES = true, SIGNED = true;
 };
 template <> struct Format<bf16> {
     static constexpr int EXPONENT = 8, MANTISSA = 7, BIAS = 127;
-    static constexpr bool IEEE = true, SATURATES = false;
+    static constexpr bool IEEE = true, SATURATES = false, SIGNED = true;
 };
 
 template <class T> static const char* name_of(void) { return dtype_names[DTypeOf<T>::value]; }
 template <class T> static uint32_t sign_of(void) { return 1u << (Format<T>::EXPONENT + Format<T>::MANTISSA); }
+template <class T> static uint32_t sign_of(float x) { return Format<T>::SIGNED && signbit(x) ? sign_of<T>() : 0; }
+template <class T> static uint32_t codes_of(void) { return Format<T>::SIGNED ? 2 * sign_of<T>() : sign_of<T>(); }
 
 template <class T> static double defined_value(uint32_t code) {
     typedef Format<T> F;
@@ -68,7 +74,8 @@ template <class T> static uint32_t nearest(float x) {
         double up = grid[high] - a, down = a - grid[low];
         code = up < down ? high : down < up ? low : low % 2 == 0 ? low : high;
     }
-    return code | (signbit(x) ? sign_of<T>() : 0);
+    if (!Format<T>::SIGNED && a > 0.0 && code == 0) { code = 1; }
+    return code | sign_of<T>(x);
 }
 
 // Numbers where an error would show, of both signs: every value, every midpoint between two values, one unit of the float around both,
@@ -117,7 +124,7 @@ template <class T> __attribute__((noinline)) static T encode_one_stochastic(floa
 // ---- decoding ----
 
 template <class T> static void check_decoding(void) {
-    for (uint32_t code = 0; code < 2 * sign_of<T>(); code++) {
+    for (uint32_t code = 0; code < codes_of<T>(); code++) {
         T t;
         t.bits = (decltype(t.bits))code;
         double want = defined_value<T>(code);
@@ -131,6 +138,7 @@ template <class T> static void check_decoding(void) {
 static void every_code_decodes_to_its_definition(void**) {
     check_decoding<e4m3>();
     check_decoding<e5m2>();
+    check_decoding<ue5m3>();
     check_decoding<fp16>();
     check_decoding<bf16>();
 }
@@ -139,7 +147,7 @@ template <class T> static void check_names(DType t, int bytes, const char* name)
     assert_int_equal(DTypeOf<T>::value, t);
     assert_int_equal(dtype_bytes(t), bytes);
     assert_int_equal(sizeof(T), bytes);
-    assert_int_equal(is_fp8(t), bytes == 1);
+    assert_int_equal(is_fp8(t), t == E4M3 || t == E5M2);
     assert_string_equal(dtype_names[t], name);
 }
 
@@ -149,8 +157,10 @@ static void types_have_their_names_sizes_and_largest_values(void**) {
     check_names<fp16>(FP16, 2, "fp16");
     check_names<e4m3>(E4M3, 1, "e4m3");
     check_names<e5m2>(E5M2, 1, "e5m2");
+    check_names<ue5m3>(UE5M3, 1, "ue5m3");
     assert_true((double)largest_of(E4M3) == values<e4m3>().back());
     assert_true((double)largest_of(E5M2) == values<e5m2>().back());
+    assert_true((double)largest_of(UE5M3) == values<ue5m3>().back());
     assert_true((double)largest_of(FP16) == values<fp16>().back());
     assert_true(largest_of(FP32) == FLT_MAX);
     assert_true(round_to<e4m3>(-17.3f) == -18.0f && round_to<float>(-17.3f) == -17.3f);
@@ -167,11 +177,12 @@ template <class T> static void check_encoding(void) {
 
 static void e4m3_takes_the_nearest_value(void**) { check_encoding<e4m3>(); }
 static void e5m2_takes_the_nearest_value(void**) { check_encoding<e5m2>(); }
+static void ue5m3_takes_the_nearest_value_that_is_not_0(void**) { check_encoding<ue5m3>(); }
 static void fp16_takes_the_nearest_value(void**) { check_encoding<fp16>(); }
 static void bf16_takes_the_nearest_value(void**) { check_encoding<bf16>(); }
 
 template <class T> static void check_round_trip(void) {
-    for (uint32_t code = 0; code < 2 * sign_of<T>(); code++) {
+    for (uint32_t code = 0; code < codes_of<T>(); code++) {
         double x = defined_value<T>(code);
         if (x - x != 0.0) { continue; }
         assert_int_equal(encode_one<T>((float)x).bits, code);
@@ -184,6 +195,7 @@ template <class T> static void check_round_trip(void) {
 static void exact_values_never_change(void**) {
     check_round_trip<e4m3>();
     check_round_trip<e5m2>();
+    check_round_trip<ue5m3>();
     check_round_trip<fp16>();
     check_round_trip<bf16>();
 }
@@ -297,6 +309,7 @@ template <class T> static void check_loops(void) {
 static void loops_give_the_bits_of_single_elements(void**) {
     check_loops<e4m3>();
     check_loops<e5m2>();
+    check_loops<ue5m3>();
     check_loops<fp16>();
     check_loops<bf16>();
 }
@@ -321,7 +334,8 @@ template <class T> static void check_neighbours(void) {
             high = (uint32_t)(std::lower_bound(grid.begin(), grid.end(), a) - grid.begin());
             low = grid[high] == a ? high : high - 1;
         }
-        uint32_t sign = x == x && signbit(x) ? sign_of<T>() : 0;
+        if (!Format<T>::SIGNED && a > 0.0) { low = max_of(low, 1u); }
+        uint32_t sign = x == x ? sign_of<T>(x) : 0;
         if (got != (low | sign) && got != (high | sign)) {
             fail_msg("%s of %.9g with random 0x%08x is 0x%x, neither 0x%x nor 0x%x", name_of<T>(), (double)x, random, got, low | sign,
                      high | sign);
@@ -332,6 +346,7 @@ template <class T> static void check_neighbours(void) {
 static void stochastic_rounding_takes_a_neighbour(void**) {
     check_neighbours<e4m3>();
     check_neighbours<e5m2>();
+    check_neighbours<ue5m3>();
     check_neighbours<fp16>();
     check_neighbours<bf16>();
 }
@@ -352,6 +367,7 @@ static void stochastic_rounding_has_exact_shares(void**) {
     for (float x : {1.03f, 300.1f, 0.0175f, -19.9f}) {
         check_share<e4m3>(x, 20);
         check_share<e5m2>(x, 21);
+        check_share<ue5m3>(fabsf(x), 20);
         check_share<fp16>(x, 13);
         check_share<bf16>(x, 16);
     }
@@ -373,16 +389,18 @@ template <class T> static void check_unbiased_everywhere(void) {
     uint32_t max = (uint32_t)values<T>().size() - 1, normal_code = 1u << Format<T>::MANTISSA;
     for (uint32_t low : {0u, 1u, normal_code - 1, normal_code, max / 2, max - 2, max - 1}) {
         for (double share : {0.02, 0.3, 0.5, 0.77}) {
+            if (!Format<T>::SIGNED && low == 0) { continue; }  // all of it becomes the smallest value
             check_unbiased<T>(low, share, 1.0);
-            check_unbiased<T>(low, share, -1.0);
+            if (Format<T>::SIGNED) { check_unbiased<T>(low, share, -1.0); }
         }
     }
-    check_unbiased<T>(0, 0x1p-9, 1.0);  // far below the smallest value it is still kept now and then
+    if (Format<T>::SIGNED) { check_unbiased<T>(0, 0x1p-9, 1.0); }  // far below the smallest value it is still kept now and then
 }
 
 static void stochastic_rounding_is_unbiased(void**) {
     check_unbiased_everywhere<e4m3>();
     check_unbiased_everywhere<e5m2>();
+    check_unbiased_everywhere<ue5m3>();
     check_unbiased_everywhere<fp16>();
     check_unbiased_everywhere<bf16>();
 }
@@ -409,6 +427,7 @@ template <class T> static void check_layouts(void) {
 static void stochastic_rounding_does_not_depend_on_threads_and_layout(void**) {
     check_layouts<e4m3>();
     check_layouts<e5m2>();
+    check_layouts<ue5m3>();
     check_layouts<fp16>();
     check_layouts<bf16>();
 }
@@ -436,7 +455,7 @@ static void check_scale(float amax, float largest, int margin) {
 }
 
 static void scales_are_the_largest_power_of_two_that_fits(void**) {
-    for (float largest : {448.0f, 57344.0f, 65504.0f}) {
+    for (float largest : {448.0f, 57344.0f, 65504.0f, 114688.0f}) {
         for (int i = 0; i < 20000; i++) {
             float amax = fabsf(any_float());
             if (amax - amax == 0.0f && amax > 0.0f) { check_scale(amax, largest, 0); }
@@ -565,6 +584,7 @@ int main(void) {
         cmocka_unit_test(types_have_their_names_sizes_and_largest_values),
         cmocka_unit_test(e4m3_takes_the_nearest_value),
         cmocka_unit_test(e5m2_takes_the_nearest_value),
+        cmocka_unit_test(ue5m3_takes_the_nearest_value_that_is_not_0),
         cmocka_unit_test(fp16_takes_the_nearest_value),
         cmocka_unit_test(bf16_takes_the_nearest_value),
         cmocka_unit_test(exact_values_never_change),

@@ -114,7 +114,8 @@ FLAGS
 @test "the formats that are asked for are the ones that are used" {
     train bf16 --recipe bf16 --steps 20
     train fp8 --steps 20
-    train all --steps 20 --bf16-layers first:1,last:1 --grad-accum-dtype fp32 # nothing is left in FP8: the same arithmetic as recipe bf16
+    train all --steps 20 --bf16-layers first:1,last:1 --grad-accum-dtype fp32 \
+        --master-dtype fp32 --m-dtype fp32 --v-dtype fp32 # nothing is left in FP8: the same arithmetic as recipe bf16
     train first --steps 20 --bf16-layers first:1
     train last --steps 20 --bf16-layers last:1
     train wide --steps 20 --fp8-fwd e5m2 --fp8-bwd e4m3
@@ -307,16 +308,17 @@ RUNS
         holds 'b < a - 2' a="$(first loss $dir)" b="$(last loss $dir)" || { echo "does not learn: $dir"; return 1; }
         holds 'x >= least && x < 1.04 * least' x="$(memory_of $dir optimizer)" least=$((bytes_p * P + bytes_e * E + 12 * vectors)) || { echo "memory of $dir"; return 1; }
     done <<'RUNS'
-wide 12 12
+wide 12 12 --master-dtype fp32 --m-dtype fp32 --v-dtype fp32
+ours 4 4
 lm 5 12 --recipe fp8-lm
-paper 5 5 --master-dtype fp16 --m-dtype e4m3 --v-dtype fp16
-blocks 5 5 --master-dtype fp16 --m-dtype e4m3 --v-dtype fp16 --opt-block 128
+paper 5 5 --master-dtype fp16 --m-dtype e4m3 --v-dtype fp16 --opt-block 0 --master-rounding nearest --moment-rounding nearest
+blocks 5 5 --master-dtype fp16 --m-dtype e4m3 --v-dtype fp16 --opt-block 128 --master-rounding nearest --moment-rounding nearest
 less 4 4 --master-dtype fp16 --m-dtype e4m3 --v-dtype e5m2 --opt-block 128 --master-rounding stochastic --moment-rounding stochastic
 half 6 6 --master-dtype bf16 --m-dtype bf16 --v-dtype bf16 --master-rounding stochastic
 narrow 10 12 --recipe bf16 --master-dtype fp16
 RUNS
     local run
-    for run in lm paper blocks less half; do
+    for run in ours lm paper blocks less half; do
         different_column loss wide $run
         holds 'b < 1.1 * a' a="$(mean_of_last_10 loss wide)" b="$(mean_of_last_10 loss $run)" || { echo "$run is far from FP32 states"; return 1; }
     done
