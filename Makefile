@@ -117,7 +117,7 @@ demo: ## watch one small GPT train in BF16 and in FP8 on real text (DATA=your.tx
 
 bench: ## measure this machine: tokens a second, and where the time goes
 	@scripts/setup.sh --demo --check || scripts/setup.sh --demo
-	@$(MAKE) --no-print-directory all
+	@$(MAKE) --no-print-directory all experiments
 	@scripts/bench.sh
 
 clean: ## remove what was built (build/ and ./train_gpt_fp8); texts and runs stay
