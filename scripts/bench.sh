@@ -11,6 +11,7 @@
 #   THREADS=2               as many as there are cores, at most two: what the figures to compare with were measured with
 #   OUT=1 or OUT=FILE       adds a JSON line a result to results/bench_DEVICE_DATE.jsonl, or FILE
 #   TRAIN=./train_gpt_fp8   the binary
+#   OPTIMIZER=PROGRAM       of the last table, what AdamW's update moves and takes by formats (default: the build's; empty: none)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export LC_ALL=C
@@ -47,6 +48,8 @@ cores=$(nproc)
 THREADS=${THREADS:-$((cores < 2 ? cores : 2))}
 [[ $THREADS =~ ^[1-9][0-9]{0,3}$ ]] || fail "THREADS: '$THREADS' is not a whole number above 0"
 [ -x "$TRAIN" ] || fail "there is no $TRAIN: run make first"
+OPTIMIZER=${OPTIMIZER-$(make -s config | sed -n 's/^BUILD = //p')/scripts/bench_optimizer}
+[ -z "$OPTIMIZER" ] || [ -x "$OPTIMIZER" ] || fail "there is no $OPTIMIZER: run make experiments first"
 export OMP_NUM_THREADS=$THREADS
 
 work=$(mktemp -d)
@@ -233,6 +236,13 @@ awk -v shapes="$shapes" -v units="$units" -v threads="$THREADS" -v device="$devi
     function number(name, format, value) { return ",\"" name "\":" sprintf(format, value) }
     function judge(what, met, value) { judged = judged sprintf("  %-6s %s: %s\n", met ? "met" : "missed", what, value) }
 ' "$work/results"
+
+if [ -n "$OPTIMIZER" ]; then
+    echo
+    "$OPTIMIZER" 16777216 "$work/optimizer"
+    echo "alone: the same bytes read and written and nothing else; wanted: at most 1.3 times that"
+    sed "s/^{/{\"date\":\"$date\",\"commit\":\"$commit\",\"device\":\"$device\",\"threads\":$THREADS,/" "$work/optimizer" >> "$work/json"
+fi
 
 if [ -n "${OUT:-}" ]; then
     [ "$OUT" != 1 ] || OUT=results/bench_${device}_$date.jsonl
