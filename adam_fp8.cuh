@@ -419,7 +419,7 @@ static inline void optimizer_allocate(Optimizer* o, ParamTable* table, bool weig
     allocate_states(table, &Param::master, weights_are_masters, o->config.by_block, memory);
     allocate_states(table, &Param::m, false, o->config.by_block, memory);
     allocate_states(table, &Param::v, false, o->config.by_block, memory);
-    o->partial = memory_take<float>(memory, OPTIMIZER, 2 * (size_t)pieces);
+    o->partial = memory_take<float>(memory, WORKSPACE, 2 * (size_t)pieces);
     o->partial_tops = o->partial + (memory->committed ? pieces : 0);
     o->squares = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
     o->tops = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
@@ -456,7 +456,7 @@ static inline uint32_t* amaxes_of(const Optimizer* o, const ParamTable* table, c
 static inline void* own_weight(const Param* p) { return advance(p->weight, p->dtype, p->own_first); }
 
 // Masters and weights are one where there is nothing to round
-static inline bool master_is_weight(const Param* p) { return own_weight(p) == p->master.data; }
+static inline bool master_is_weight(const Param* p) { return p->dtype == FP32 && p->master.dtype == FP32; }
 
 static inline bool states_in_fp32(const Param* p) { return p->master.dtype == FP32 && p->m.dtype == FP32 && p->v.dtype == FP32; }
 static inline bool scaled_by_tensor(const Param* p) { return p->master.slot != NULL || p->m.slot != NULL || p->v.slot != NULL; }
@@ -616,14 +616,15 @@ static inline void optimizer_update(Optimizer* o, ParamTable* table, AdamRates r
 
 // What AdamW moves in a step on this rank: gradient, states, and the weight of the forward pass. States that are scaled by tensor are read twice, with the
 // gradient; an FP8 weight of other states takes a second pass over the master.
-static inline Traffic optimizer_traffic(const ParamTable* table) {
+static inline Traffic optimizer_traffic(const Optimizer* o, const ParamTable* table) {
     Traffic t = {};
     for (int i = 0; i < table->count; i++) {
         const Param* p = &table->items[i];
         double n = (double)p->own_count, grad = dtype_bytes(p->grad_dtype), master = dtype_bytes(p->master.dtype);
         double states = master + dtype_bytes(p->m.dtype) + dtype_bytes(p->v.dtype);
         t.updated += states * n;
-        t.read += (grad + (scaled_by_tensor(p) ? grad + states : is_fp8(p->dtype) ? master : 0.0)) * n;
+        bool by_tensor = !o->config.by_block && (has_scale(p->master.dtype) || has_scale(p->m.dtype) || has_scale(p->v.dtype));
+        t.read += (grad + (by_tensor ? grad + states : is_fp8(p->dtype) ? master : 0.0)) * n;
         t.written += master_is_weight(p) ? 0.0 : (double)dtype_bytes(p->dtype) * n;
     }
     return t;

@@ -473,9 +473,14 @@ static inline bool direct_phase(Reduction* r, const Bucket* b, int phase) {
     }
 }
 
+// What this rank sends of a bucket's weights
+static inline uint64_t weights_bytes(const Reduction* r, const Bucket* b) {
+    return parts_of(r, b, b->dtype).bytes(r->group->rank) * ((uint64_t)r->group->size - 1);
+}
+
 static inline bool weights_phase(Reduction* r, const Bucket* b, int phase) {
     if (phase > 0) { return false; }
-    start_all_gather(&r->transfer, b->weights, parts_of(r, b, b->dtype), WEIGHTS_GATHER, r->stream);
+    start_all_gather(&r->transfer, b->weights, parts_of(r, b, b->dtype), NOT_COUNTED, r->stream);  // weights_start has
     return true;
 }
 
@@ -574,7 +579,11 @@ static inline void weights_start(Reduction* r, Stream compute) {
     r->returning = true;
     enqueue(r, -1);
     enqueue(r, ALL_LAYERS);
-    for (int k = 0; k < r->partition.bucket_count; k++) { enqueue(r, r->partition.buckets[k].layer); }
+    for (int k = 0; k < r->partition.bucket_count; k++) {
+        const Bucket* b = &r->partition.buckets[k];
+        enqueue(r, b->layer);
+        r->group->bytes_sent[WEIGHTS_GATHER] += weights_bytes(r, b);  // in this step, whenever they travel
+    }
     event_record(r->ready, compute);
     stream_wait_event(r->stream, r->ready);
     reduction_poll(r);
@@ -599,6 +608,13 @@ static inline void reduction_begin(Reduction* r, bool first, Stream compute) {
     r->adds = reduces_each(r) && !first;
 }
 
+// One that was only planned
+static inline void reduction_forget(Reduction* r) {
+    partition_free(&r->partition);
+    free(r->queue);
+    *r = Reduction{};
+}
+
 static inline void reduction_free(Reduction* r) {
     weights_finish(r, r->stream);
     stream_sync(r->stream);
@@ -608,9 +624,7 @@ static inline void reduction_free(Reduction* r) {
     event_destroy(r->backward_done);
     event_destroy(r->done);
     for (int k = 0; k < r->partition.bucket_count; k++) { event_destroy(r->partition.buckets[k].arrived); }
-    partition_free(&r->partition);
-    free(r->queue);
-    *r = Reduction{};
+    reduction_forget(r);
 }
 
 // ---- what it did ----
@@ -689,6 +703,6 @@ static inline void reduction_traffic(uint64_t* bytes, const Reduction* r, int mi
             bytes[SCALES] += fp8 ? times * all_reduce((uint64_t)b->count) : 0;
             bytes[counted_as(b, ALL_GATHER)] += level == 0 ? parts.bytes(me) * others : 0;
         }
-        bytes[WEIGHTS_GATHER] += level > 0 ? parts_of(r, b, b->dtype).bytes(me) * others : 0;
+        bytes[WEIGHTS_GATHER] += level > 0 ? weights_bytes(r, b) : 0;
     }
 }

@@ -9,7 +9,7 @@
 // The decisions are made on the device: the host reads a step's record when the next step has been launched.
 //
 // Order of the file: settings and flags; the model and what it keeps; linear layers; forward, head, backward; evaluation and sampling; the training
-// run and what it prints.
+// run and what it prints; --plan.
 #include "fp8_kernels.cuh"       // kernels of the forward and backward pass, FP8 in and out; scaling sites
 #include "adam_fp8.cuh"          // gradient norm, the decision to step, AdamW
 #include "comm.cuh"              // the process group, the gradient reduction
@@ -21,6 +21,7 @@
 #include "core/model_io.h"       // llm.c's model.bin
 #include "core/options.h"        // the option table
 #include "core/params.h"         // the table of parameters
+#include "core/plan.h"           // GPUs, rooflines, a pipeline's schedule, a plan and how it is printed
 #include <algorithm>
 #include <numeric>
 #include <signal.h>
@@ -70,6 +71,9 @@ struct Args {
     int64_t val_every = 250, val_batches = 20, sample_every = 0, sample_len = 64;
     int64_t seed = 1337;
     bool staged = false, profile = false, log_tensors = false;
+    int64_t tp = 1, pp = 1, world = 0;
+    bool plan = false, json = false;
+    GpuChoice gpu = GPU_H100;
 };
 
 // "first:1,last:2"
@@ -103,7 +107,8 @@ static const char* parse_yes_no(void* value, const char* text) {
 }
 static void print_yes_no(char* text, size_t size, const void* value) { snprintf(text, size, "%s", *(const bool*)value ? "yes" : "no"); }
 
-constexpr int MAX_OPTIONS = 64;
+constexpr int MAX_OPTIONS = 80;
+constexpr int64_t MAX_MICRO_BATCH = 1 << 20;
 
 struct OptionTable {
     Option items[MAX_OPTIONS];
@@ -143,9 +148,9 @@ static void option_table(OptionTable* t, Args* a) {
         option_choice("position", NULL, &a->position, "rope|learned", "P", "rotary or learned positions", "by --init; rope"),
         option_custom("tie-embeddings", NULL, &a->tied, parse_yes_no, print_yes_no, "yes|no", "the head uses the token embedding"),
         option_group("Batch and length"),
-        option_int("micro-batch", "b", &a->micro_batch, 1, 1 << 20, "N", "sequences of one rank in one pass"),
+        option_int("micro-batch", "b", &a->micro_batch, 1, MAX_MICRO_BATCH, "N", "sequences of one rank in one pass"),
         option_int("seq-len", "t", &a->seq_len, 1, 1 << 20, "N", "tokens of a sequence"),
-        option_int("global-batch", "d", &a->global_batch, 1, (int64_t)1 << 40, "N", "tokens of a step over all ranks; a multiple of micro-batch × seq-len × ranks", "one micro-batch a rank"),
+        option_int("global-batch", "d", &a->global_batch, 1, (int64_t)1 << 40, "N", "tokens of a step over all ranks; a multiple of micro-batch × seq-len × ranks", "one micro-batch a rank and pipeline stage"),
         option_int("steps", "x", &a->steps, -1, (int64_t)1 << 40, "N", "optimizer steps; -1: one epoch"),
         option_flag("overfit-batch", "a", &a->overfit_batch, "train on the first global batch again and again"),
         option_group("Optimizer"),
@@ -177,9 +182,13 @@ static void option_table(OptionTable* t, Args* a) {
         option_choice("opt-block", NULL, &a->opt_block, "0|128", "N", "elements that share a scale of these states; 0: all of a tensor", "by --recipe"),
         option_choice("master-rounding", NULL, &a->master_rounding, "nearest|stochastic", "R", "of master weights below FP32", "by --recipe"),
         option_choice("moment-rounding", NULL, &a->moment_rounding, "nearest|stochastic", "R", "of moments below FP32", "by --recipe"),
+        option_int("recompute", "r", &a->recompute, 0, 2, "N", "in backward again instead of kept: 0 nothing, 1 GELU, 2 GELU and LayerNorm"),
+        option_group("Ranks"),
         option_int("zero", "z", &a->zero, 0, 2, "N", "what the ranks divide between them: 0 nothing, 1 optimizer states, 2 gradients too"),
         option_choice("zero-split", NULL, &a->zero_split, "tensor|flat", "S", "tensor: matrices whole, as in the paper; flat: all tensors in equal parts", "by --recipe"),
-        option_int("recompute", "r", &a->recompute, 0, 2, "N", "in backward again instead of kept: 0 nothing, 1 GELU, 2 GELU and LayerNorm"),
+        option_int("tp", NULL, &a->tp, 1, 1 << 10, "N", "ranks that share each layer (tensor and sequence parallel); only with --plan yet"),
+        option_int("pp", NULL, &a->pp, 1, 1 << 10, "N", "stages that share the layers (pipeline parallel); only with --plan yet"),
+        option_flag("staged", NULL, &a->staged, "GPUs: ranks may share a GPU and exchange through host memory"),
         option_group("Output"),
         option_string("output-dir", "o", &a->output_dir, 1, "DIR", "folder of log.jsonl"),
         option_int("val-every", "v", &a->val_every, 0, (int64_t)1 << 40, "N", "steps between validations; 0: never"),
@@ -190,7 +199,11 @@ static void option_table(OptionTable* t, Args* a) {
         option_flag("profile", NULL, &a->profile, "print time by operation at the end"),
         option_group("Run"),
         option_int("seed", NULL, &a->seed, 0, INT64_MAX, "N", "of initial weights, data order and samples"),
-        option_flag("staged", NULL, &a->staged, "GPUs: ranks may share a GPU and exchange through host memory"),
+        option_group("Planning"),
+        option_flag("plan", NULL, &a->plan, "print memory, traffic and time of these flags, beside BF16's, and end; needs no data, GPU or MPI"),
+        option_flag("json", NULL, &a->json, "the plan as one JSON object"),
+        option_int("world", NULL, &a->world, 1, 1 << 14, "N", "ranks of the planned run", "those that were launched, at least tp × pp"),
+        option_choice("gpu", NULL, &a->gpu, GPU_CHOICES, "G", "what the plan is for; none: this CPU, to the byte what a run takes"),
     };
     static_assert(sizeof(items) / sizeof(items[0]) <= MAX_OPTIONS, "MAX_OPTIONS");
     memcpy(t->items, items, sizeof(items));
@@ -225,9 +238,16 @@ static const Preset* find_preset(const char* name) {
 
 // ---- the model ----
 
+// Who holds what: tp ranks share each layer, pp stages the layers, and dp such groups the batch. Rank = (replica·pp + stage)·tp + tp_rank.
+struct RankLayout {
+    int dp = 1, pp = 1, tp = 1;
+    int stage = 0, tp_rank = 0;
+    int in_flight = 1;        // micro-batches of which this stage keeps what backward needs
+};
+
 struct GptConfig {
     int layers, heads, width;
-    int vocab, padded_vocab;  // the latter a multiple of 128; the tokens between are masked
+    int vocab, padded_vocab;  // the latter a multiple of 128·tp; the tokens between are masked
     int positions;            // rows of wpe; the longest sequence
     bool rope, tied;
     int T;                    // sequence length of this run
@@ -244,8 +264,15 @@ struct GptConfig {
     OptimizerConfig optimizer;
     bool embeddings_as_matrices;  // their gradients and states: else in FP32
     ReductionConfig reduction;
+    DType dy_wire;            // of dY between the ranks of a layer
     uint64_t seed;
+    RankLayout layout;
 };
+
+static int stage_layers(const GptConfig* c) { return c->layers / c->layout.pp; }
+static int first_layer(const GptConfig* c) { return c->layout.stage * stage_layers(c); }
+static bool is_first_stage(const GptConfig* c) { return c->layout.stage == 0; }
+static bool is_last_stage(const GptConfig* c) { return c->layout.stage == c->layout.pp - 1; }
 
 // Places where a layer quantises a matmul input: X of its four linear layers, and their dY
 enum Site { X_QKV, X_PROJ, X_FC, X_FCPROJ, DY_QKV, DY_PROJ, DY_FC, DY_FCPROJ, SITES_PER_LAYER };
@@ -276,8 +303,8 @@ struct Layer {
 struct Model {
     GptConfig config;
     ParamTable params;
-    Param *wte, *wpe, *lnfw, *lnfb, *head;  // wpe NULL with RoPE; head is wte when tied
-    Layer* layers;
+    Param *wte, *wpe, *lnfw, *lnfb, *head;  // wpe NULL with RoPE; head is wte when tied; all NULL on stages that do without
+    Layer* layers;               // of this stage
     Reduction reduction;         // the gradients
     int64_t micro_steps;         // this rank's so far
     Optimizer optimizer;
@@ -291,6 +318,8 @@ struct Model {
     void* delta;                 // (B, T, C) what a block adds to the residual stream; gradient of the final LayerNorm's output
     void* dresidual;             // (B, T, C) gradient of the residual stream
     void* wide;                  // (B, T, 4C) gradients inside a block; a tensor before its just-in-time scale is known
+    void* gathered;              // (B, T, C) where tp > 1: a LayerNorm's output, of all ranks
+    void *stage_out, *stage_in;  // (B, T, C) where pp > 1: what goes to a neighbouring stage, and what comes from one
     Tensor dy;                   // (B, T, 4C) FP8 output gradient
     float* partial;              // sums by column and strip
     float* dw;                   // (dw_elements) a weight gradient of one micro-batch, or some of its rows, before it is added to its accumulator
@@ -318,52 +347,60 @@ static int rows_of(const Model* m) { return m->config.B * m->config.T; }
 
 static Param* add_layer_param(Model* m, int l, const char* name, int64_t rows, int64_t cols, FormatClass c, float init_std, float init_value) {
     char full[32];
-    snprintf(full, sizeof(full), "h%d.%s", l, name);
+    int number = first_layer(&m->config) + l;
+    snprintf(full, sizeof(full), "h%d.%s", number, name);
     bool fp8 = c == MATRIX && m->layers[l].fp8;
-    Param* p = param_add(&m->params, full, l, rows, cols, c, fp8 ? E4M3 : m->config.act);
+    Param* p = param_add(&m->params, full, number, rows, cols, c, fp8 ? E4M3 : m->config.act);
     p->init_std = init_std;
     p->init_value = init_value;
     return p;
 }
 
-// The table of parameters, in the order of the forward pass. Initial values as GPT-2's: N(0, 0.02²), projections into the residual stream smaller by
-// √(2·layers).
+// A table with a row a token: this rank's share of the vocabulary
+static Param* add_vocabulary_param(Model* m, const char* name, int layer, float init_std) {
+    const GptConfig* c = &m->config;
+    int64_t rows = c->padded_vocab / c->layout.tp, before = rows * c->layout.tp_rank;
+    Param* p = param_add(&m->params, name, layer, rows, c->width, EMBEDDING, c->act);
+    p->valid_rows = max_of(min_of(c->vocab - before, rows), (int64_t)0);
+    p->init_std = init_std;
+    return p;
+}
+
+// The table of this rank's parameters, in the order of the forward pass. Initial values as GPT-2's: N(0, 0.02²), projections into the residual stream
+// smaller by √(2·layers). Of tp ranks each holds rows of the matrices that take the residual stream (and their biases) and columns of those that add to
+// it; norms and the latter's biases are whole on all.
 static void build_params(Model* m) {
     const GptConfig* c = &m->config;
-    int64_t C = c->width;
+    int64_t C = c->width, own = C / c->layout.tp;
     float std = 0.02f, std_residual = 0.02f / sqrtf(2.0f * (float)c->layers);
-    m->wte = param_add(&m->params, "wte", -1, c->padded_vocab, C, EMBEDDING, c->act);
-    m->wte->valid_rows = c->vocab;
-    m->wte->init_std = std;
-    if (!c->rope) {
+    bool first = is_first_stage(c), last = is_last_stage(c);
+    if (first || (c->tied && last)) { m->wte = add_vocabulary_param(m, "wte", -1, std); }
+    if (first && !c->rope) {
         m->wpe = param_add(&m->params, "wpe", -1, c->positions, C, EMBEDDING, c->act);
         m->wpe->init_std = std;
     }
-    for (int l = 0; l < c->layers; l++) {
+    for (int l = 0; l < stage_layers(c); l++) {
         Layer* y = &m->layers[l];
-        y->fp8 = c->fp8 && l >= c->bf16_layers.first && l < c->layers - c->bf16_layers.last;
+        int number = first_layer(c) + l;
+        y->fp8 = c->fp8 && number >= c->bf16_layers.first && number < c->layers - c->bf16_layers.last;
         y->ln1w = add_layer_param(m, l, "ln1w", 1, C, VECTOR, 0.0f, 1.0f);
         y->ln1b = add_layer_param(m, l, "ln1b", 1, C, VECTOR, 0.0f, 0.0f);
-        y->qkvw = add_layer_param(m, l, "qkvw", 3 * C, C, MATRIX, std, 0.0f);
-        y->qkvb = add_layer_param(m, l, "qkvb", 1, 3 * C, VECTOR, 0.0f, 0.0f);
-        y->projw = add_layer_param(m, l, "attprojw", C, C, MATRIX, std_residual, 0.0f);
+        y->qkvw = add_layer_param(m, l, "qkvw", 3 * own, C, MATRIX, std, 0.0f);
+        y->qkvb = add_layer_param(m, l, "qkvb", 1, 3 * own, VECTOR, 0.0f, 0.0f);
+        y->projw = add_layer_param(m, l, "attprojw", C, own, MATRIX, std_residual, 0.0f);
         y->projb = add_layer_param(m, l, "attprojb", 1, C, VECTOR, 0.0f, 0.0f);
         y->ln2w = add_layer_param(m, l, "ln2w", 1, C, VECTOR, 0.0f, 1.0f);
         y->ln2b = add_layer_param(m, l, "ln2b", 1, C, VECTOR, 0.0f, 0.0f);
-        y->fcw = add_layer_param(m, l, "fcw", 4 * C, C, MATRIX, std, 0.0f);
-        y->fcb = add_layer_param(m, l, "fcb", 1, 4 * C, VECTOR, 0.0f, 0.0f);
-        y->fcprojw = add_layer_param(m, l, "fcprojw", C, 4 * C, MATRIX, std_residual, 0.0f);
+        y->fcw = add_layer_param(m, l, "fcw", 4 * own, C, MATRIX, std, 0.0f);
+        y->fcb = add_layer_param(m, l, "fcb", 1, 4 * own, VECTOR, 0.0f, 0.0f);
+        y->fcprojw = add_layer_param(m, l, "fcprojw", C, 4 * own, MATRIX, std_residual, 0.0f);
         y->fcprojb = add_layer_param(m, l, "fcprojb", 1, C, VECTOR, 0.0f, 0.0f);
     }
+    if (!last) { return; }
     m->lnfw = param_add(&m->params, "lnfw", c->layers, 1, C, VECTOR, c->act);
     m->lnfw->init_value = 1.0f;
     m->lnfb = param_add(&m->params, "lnfb", c->layers, 1, C, VECTOR, c->act);
-    m->head = m->wte;
-    if (!c->tied) {
-        m->head = param_add(&m->params, "lmhead", c->layers, c->padded_vocab, C, EMBEDDING, c->act);
-        m->head->valid_rows = c->vocab;
-        m->head->init_std = std;
-    }
+    m->head = c->tied ? m->wte : add_vocabulary_param(m, "lmhead", c->layers, std);
 }
 
 // How each gradient is added up and travels, and what the optimizer keeps. Vectors are too few for FP8 to matter, and their precision does.
@@ -483,38 +520,46 @@ static void linear_backward(Model* m, void* dx, Tensor dy, Tensor x, const Param
     reduction_poll(&m->reduction);
 }
 
-// The workspace of every matmul that a run makes: training on (B, T), sampling on (1, T)
-static void plan_matmuls(Model* m) {
+// f(call, forward, backward) for every matmul that a run makes: training on (B, T), sampling on (1, T). `forward`, `backward`: how often a micro-batch
+// makes it in these passes
+template <class F> static void each_matmul(const Model* m, F f) {
     const GptConfig* c = &m->config;
     int rows = rows_of(m);
-    auto plan = [&](MatmulCall call) { matmul_plan(&m->matmul, &call); };
-    auto plan_weight_gradient = [&](const Param* w, Tensor dy, Tensor x, int n) {
-        int step = gradient_rows(m, w);
-        plan(linear_weight_call(NULL, dy, x, w, 0, step, n, false));
-        plan(linear_weight_call(NULL, dy, x, w, 0, ((int)w->rows - 1) % step + 1, n, false));
-        if (w->accum == FP32) { plan(linear_weight_call(NULL, dy, x, w, 0, step, n, true)); }
+    auto each_weight_gradient = [&](const Param* w, Tensor dy, Tensor x, int n, int64_t times) {
+        int step = gradient_rows(m, w), steps = ceil_div((int)w->rows, step);
+        bool in_place = w->accum == FP32;
+        f(linear_weight_call(NULL, dy, x, w, 0, step, n, false), 0, times * (steps - 1));
+        f(linear_weight_call(NULL, dy, x, w, 0, ((int)w->rows - 1) % step + 1, n, false), 0, in_place ? 0 : times);
+        if (in_place) { f(linear_weight_call(NULL, dy, x, w, 0, step, n, true), 0, times); }
     };
-    for (int l = 0; l < c->layers; l++) {
-        const Layer* y = &m->layers[l];
-        if (l > 0 && l < c->layers - 1 && y->fp8 == m->layers[l - 1].fp8) { continue; }  // its shapes and types are the last layer's
+    for (int fp8 = 0; fp8 <= 1; fp8++) {
+        const Layer* y = NULL;  // all that are in FP8, and all that are not, have the same shapes and types
+        int times = 0;
+        for (int l = 0; l < stage_layers(c); l++) {
+            if (m->layers[l].fp8 == (fp8 != 0)) { y = &m->layers[l]; times++; }
+        }
+        if (y == NULL) { continue; }
         const Param* weights[] = {y->qkvw, y->projw, y->fcw, y->fcprojw};
         const Param* biases[] = {y->qkvb, y->projb, y->fcb, y->fcprojb};
         Tensor x = {NULL, y->fp8 ? c->fp8_fwd : c->act, NULL}, dy = {NULL, y->fp8 ? c->fp8_bwd : c->act, NULL};
         for (int i = 0; i < 4; i++) {
-            plan(linear_call(m, NULL, x, weights[i], biases[i], rows));
-            plan(linear_call(m, NULL, x, weights[i], biases[i], c->T));
-            plan(linear_input_call(m, NULL, dy, weights[i], rows));
-            plan_weight_gradient(weights[i], dy, x, rows);
+            f(linear_call(m, NULL, x, weights[i], biases[i], rows), times, 0);
+            f(linear_call(m, NULL, x, weights[i], biases[i], c->T), 0, 0);
+            f(linear_input_call(m, NULL, dy, weights[i], rows), 0, times);
+            each_weight_gradient(weights[i], dy, x, rows, times);
         }
     }
-    Tensor act = {NULL, c->act, NULL};
-    const int heads[] = {m->head_rows, (rows - 1) % m->head_rows + 1, 1};
-    for (int n : heads) {
-        plan(linear_call(m, NULL, act, m->head, NULL, n));
-        plan(linear_input_call(m, NULL, act, m->head, n));
-        plan_weight_gradient(m->head, act, act, n);
+    if (m->head != NULL) {
+        Tensor act = {NULL, c->act, NULL};
+        const struct { int rows, times; } heads[] = {{m->head_rows, ceil_div(rows, m->head_rows) - 1}, {(rows - 1) % m->head_rows + 1, 1}, {1, 0}};
+        for (auto& h : heads) {
+            f(linear_call(m, NULL, act, m->head, NULL, h.rows), h.times, 0);
+            f(linear_input_call(m, NULL, act, m->head, h.rows), 0, h.times);
+            each_weight_gradient(m->head, act, act, h.rows, h.times);
+        }
     }
-    attention_plan(&m->attention, &m->matmul, true);
+    int64_t sequences = (int64_t)stage_layers(c) * c->B;
+    each_attention_product(&m->attention, true, [&](MatmulCall call, int forward, int backward) { f(call, sequences * forward, sequences * backward); });
 }
 
 // ---- allocation: the same code dry and for real ----
@@ -541,49 +586,58 @@ static void model_allocate(Model* m, Memory* memory) {
     reduction_allocate(&m->reduction, memory);
     optimizer_allocate(&m->optimizer, &m->params, c->act == FP32, memory);
     // scaling state
-    m->sites.count = c->fp8 ? c->layers * SITES_PER_LAYER : 0;
+    int layers = stage_layers(c);
+    m->sites.count = c->fp8 ? layers * SITES_PER_LAYER : 0;
     size_t sites = (size_t)m->sites.count;
     m->sites.amax = memory_take<uint32_t>(memory, OPTIMIZER, sites);
     m->sites.current = memory_take<uint32_t>(memory, OPTIMIZER, 1);
     m->sites.history = memory_take<float>(memory, OPTIMIZER, sites * AMAX_WINDOW);
     m->sites.slots = memory_take<float>(memory, OPTIMIZER, sites * 4);
     m->sites.largest = memory_take<float>(memory, OPTIMIZER, sites);
-    // what backward needs
-    float* slots = memory_take<float>(memory, ACTIVATIONS, 4 * ((size_t)c->layers * 4 + 1));
+    // what backward needs, of `kept` micro-batches one after the other. Between the layers' matmuls a rank of tp has its `own` rows of all channels, within
+    // attention and MLP all rows of its `inner` channels.
+    size_t tp = (size_t)c->layout.tp, kept = (size_t)c->layout.in_flight, own = rows / tp, inner = C / tp;
+    float* slots = memory_take<float>(memory, ACTIVATIONS, 4 * ((size_t)layers * 4 * kept + 1));
     bool any_bf16_layer = false;
-    for (int l = 0; l < c->layers; l++) { any_bf16_layer |= !m->layers[l].fp8; }
+    for (int l = 0; l < layers; l++) { any_bf16_layer |= !m->layers[l].fp8; }
     DType shared_type = any_bf16_layer ? c->act : c->fp8_fwd;  // a shared buffer holds the widest of its tensors
-    void* shared_ln = c->recompute >= 2 ? memory_take(memory, WORKSPACE, rows * C, (size_t)dtype_bytes(shared_type)) : NULL;
-    void* shared_gelu = c->recompute >= 1 ? memory_take(memory, WORKSPACE, rows * 4 * C, (size_t)dtype_bytes(shared_type)) : NULL;
-    for (int l = 0; l < c->layers; l++) {
+    void* shared_ln = c->recompute >= 2 ? memory_take(memory, WORKSPACE, own * C, (size_t)dtype_bytes(shared_type)) : NULL;
+    void* shared_gelu = c->recompute >= 1 ? memory_take(memory, WORKSPACE, rows * 4 * inner, (size_t)dtype_bytes(shared_type)) : NULL;
+    for (int l = 0; l < layers; l++) {
         Layer* y = &m->layers[l];
         DType x = y->fp8 ? c->fp8_fwd : c->act;
-        y->residual = memory_take(memory, ACTIVATIONS, rows * C, act);
-        y->residual_mid = memory_take(memory, ACTIVATIONS, rows * C, act);
-        y->mean1 = memory_take<float>(memory, ACTIVATIONS, rows);
-        y->rstd1 = memory_take<float>(memory, ACTIVATIONS, rows);
-        y->mean2 = memory_take<float>(memory, ACTIVATIONS, rows);
-        y->rstd2 = memory_take<float>(memory, ACTIVATIONS, rows);
-        y->x_qkv = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 2 ? 0 : rows * C, &slots);
-        y->qkv = memory_take(memory, ACTIVATIONS, rows * 3 * C, act);
-        y->lse = memory_take<float>(memory, ACTIVATIONS, rows * (size_t)c->heads);
-        y->x_proj = take_tensor(memory, ACTIVATIONS, x, rows * C, &slots);
-        y->x_fc = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 2 ? 0 : rows * C, &slots);
-        y->fc = memory_take(memory, ACTIVATIONS, rows * 4 * C, act);
-        y->x_fcproj = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 1 ? 0 : rows * 4 * C, &slots);
+        y->residual = memory_take(memory, ACTIVATIONS, kept * own * C, act);
+        y->residual_mid = memory_take(memory, ACTIVATIONS, kept * own * C, act);
+        y->mean1 = memory_take<float>(memory, ACTIVATIONS, kept * own);
+        y->rstd1 = memory_take<float>(memory, ACTIVATIONS, kept * own);
+        y->mean2 = memory_take<float>(memory, ACTIVATIONS, kept * own);
+        y->rstd2 = memory_take<float>(memory, ACTIVATIONS, kept * own);
+        y->x_qkv = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 2 ? 0 : kept * own * C, &slots);
+        y->qkv = memory_take(memory, ACTIVATIONS, kept * rows * 3 * inner, act);
+        y->lse = memory_take<float>(memory, ACTIVATIONS, kept * rows * (size_t)c->heads / tp);
+        y->x_proj = take_tensor(memory, ACTIVATIONS, x, kept * rows * inner, &slots);
+        y->x_fc = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 2 ? 0 : kept * own * C, &slots);
+        y->fc = memory_take(memory, ACTIVATIONS, kept * rows * 4 * inner, act);
+        y->x_fcproj = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 1 ? 0 : kept * rows * 4 * inner, &slots);
         if (c->recompute >= 2) { y->x_qkv.data = y->x_fc.data = shared_ln; }
         if (c->recompute >= 1) { y->x_fcproj.data = shared_gelu; }
     }
-    m->residual_final = memory_take(memory, ACTIVATIONS, rows * C, act);
-    m->meanf = memory_take<float>(memory, ACTIVATIONS, rows);
-    m->rstdf = memory_take<float>(memory, ACTIVATIONS, rows);
-    // workspace
+    size_t final_rows = is_last_stage(c) ? kept * own : 0;
+    m->residual_final = memory_take(memory, ACTIVATIONS, final_rows * C, act);
+    m->meanf = memory_take<float>(memory, ACTIVATIONS, final_rows);
+    m->rstdf = memory_take<float>(memory, ACTIVATIONS, final_rows);
+    // workspace. What ranks of tp add up between them (into narrow and delta) is whole on each of them first.
+    size_t inside = max_of(4 * inner, tp > 1 ? C : 0);  // channels of the widest tensor of a block, with dY gathered
     m->narrow = memory_take(memory, WORKSPACE, rows * C, act);
     m->delta = memory_take(memory, WORKSPACE, rows * C, act);
-    m->dresidual = memory_take(memory, WORKSPACE, rows * C, act);
-    m->wide = memory_take(memory, WORKSPACE, rows * 4 * C, act);
-    m->dy = take_tensor(memory, WORKSPACE, c->fp8 ? c->fp8_bwd : c->act, c->fp8 ? rows * 4 * C : 0, &slots);
-    m->partial = memory_take<float>(memory, WORKSPACE, (size_t)strips_of((int)rows) * 4 * C);
+    m->dresidual = memory_take(memory, WORKSPACE, own * C, act);
+    m->wide = memory_take(memory, WORKSPACE, rows * 4 * inner, act);
+    m->dy = take_tensor(memory, WORKSPACE, c->fp8 ? c->fp8_bwd : c->act, c->fp8 ? rows * inside : 0, &slots);
+    m->gathered = memory_take(memory, WORKSPACE, tp > 1 ? rows * C : 0, (size_t)dtype_bytes(is_last_stage(c) ? c->act : shared_type));
+    m->stage_out = memory_take(memory, COMMUNICATION, c->layout.pp > 1 ? own * C : 0, act);
+    m->stage_in = memory_take(memory, COMMUNICATION, c->layout.pp > 1 ? own * C : 0, act);
+    size_t strips = max_of((size_t)strips_of((int)rows) * inside, (size_t)strips_of((int)own) * 2 * C);  // of a bias, of a LayerNorm
+    m->partial = memory_take<float>(memory, WORKSPACE, strips);
     m->dw_elements = 0;
     for (int i = 0; i < m->params.count; i++) {
         const Param* p = &m->params.items[i];
@@ -593,9 +647,10 @@ static void model_allocate(Model* m, Memory* memory) {
         m->dw_elements = max_of(m->dw_elements, p->format_class == MATRIX ? all : min_of(all, some));
     }
     m->dw = memory_take<float>(memory, WORKSPACE, m->dw_elements);
-    size_t most = max_of(LOGITS_BYTES / ((size_t)c->padded_vocab * act), (size_t)1), chunks = ceil_div(rows, most);
+    size_t row_of_logits = (size_t)c->padded_vocab / tp;
+    size_t most = max_of(LOGITS_BYTES / (row_of_logits * act), (size_t)1), chunks = ceil_div(rows, most);
     m->head_rows = (int)min_of(round_up(ceil_div(rows, chunks), (size_t)16), rows);
-    m->logits = memory_take(memory, WORKSPACE, (size_t)m->head_rows * c->padded_vocab, act);
+    m->logits = memory_take(memory, WORKSPACE, is_last_stage(c) ? (size_t)m->head_rows * row_of_logits : 0, act);
     m->losses = memory_take<float>(memory, WORKSPACE, rows);
     m->loss_total = memory_take<double>(memory, WORKSPACE, 1);
     m->loss_mean = memory_take<float>(memory, WORKSPACE, 1);
@@ -607,28 +662,36 @@ static void model_allocate(Model* m, Memory* memory) {
     m->rotary = c->rope ? memory_take<float>(memory, WORKSPACE, (size_t)c->T * (C / (size_t)c->heads)) : NULL;
     m->attention.act = c->act;
     m->attention.T = c->T;
-    m->attention.heads = c->heads;
+    m->attention.heads = c->heads / c->layout.tp;
     m->attention.head_size = c->width / c->heads;
     m->attention.rope = c->rope;
     m->attention.rotary = m->rotary;
     attention_allocate(&m->attention, memory);
-    if (!memory->committed) { plan_matmuls(m); }
+    if (!memory->committed) {
+        each_matmul(m, [=](MatmulCall call, int64_t, int64_t) { matmul_plan(&m->matmul, &call); });
+    }
     void* matmul_workspace = memory_take(memory, WORKSPACE, m->matmul.planned, 1);
     if (memory->committed) { matmul_set_workspace(&m->matmul, matmul_workspace, m->matmul.planned); }
 }
 
-// Everything about a model but its memory, which is only counted
-static void model_plan(Model* m, const GptConfig* config, Group* group, Memory* memory) {
+// What a model is made of, on this rank; nothing of a device is touched
+static void model_describe(Model* m, const GptConfig* config, Group* group) {
     *m = Model{};
     m->config = *config;
-    m->layers = (Layer*)host_alloc((size_t)config->layers * sizeof(Layer));
-    for (int l = 0; l < config->layers; l++) { m->layers[l] = Layer{}; }
+    size_t layers = (size_t)stage_layers(config);
+    m->layers = (Layer*)host_alloc(layers * sizeof(Layer));
+    for (size_t l = 0; l < layers; l++) { m->layers[l] = Layer{}; }
     build_params(m);
     set_training_formats(m);
     m->optimizer.config = config->optimizer;
     reduction_plan(&m->reduction, group, &m->params, config->reduction);
     m->optimizer.group = group;
     m->optimizer.partitioned = zero_level(&m->reduction) > 0;
+}
+
+// Everything about a model but its memory, which is only counted
+static void model_plan(Model* m, const GptConfig* config, Group* group, Memory* memory) {
+    model_describe(m, config, group);
     m->stream = stream_create();
     m->record = (StepRecord*)pinned_alloc(sizeof(StepRecord));
     m->statistics = (TensorStatistics*)pinned_alloc((size_t)m->params.count * sizeof(TensorStatistics));
@@ -776,7 +839,7 @@ static void forward(Model* m, int B, Purpose purpose) {
     const void* delta = NULL;
     for (int l = 0; l < c->layers; l++) {
         Layer* y = &m->layers[l];
-        weights_wait(&m->reduction, l, s);
+        weights_wait(&m->reduction, first_layer(c) + l, s);
         layernorm_forward(y->x_qkv, layernorm_1(y, x, delta), c->act, site_of(m, l, X_QKV, purpose), m->wide, rows, C, s);
         linear_forward(m, y->qkv, y->x_qkv, y->qkvw, y->qkvb, rows);
         void* out = y->fp8 ? m->narrow : y->x_proj.data;
@@ -846,7 +909,7 @@ static void backward(Model* m, int B, bool accumulate, bool last) {
                           true, accumulate);
     for (int l = c->layers - 1; l >= 0; l--) {
         Layer* y = &m->layers[l];
-        reduction_clear_way(&m->reduction, l, s);
+        reduction_clear_way(&m->reduction, first_layer(c) + l, s);
         LayerNormInputs ln1 = layernorm_1(y, y->residual, NULL), ln2 = layernorm_2(y, y->residual_mid, NULL);
         // second linear layer of the block, GELU, the first
         Tensor dy = output_gradient(m, l, DY_FCPROJ, m->dresidual, y->fcprojb, rows, accumulate);
@@ -871,7 +934,7 @@ static void backward(Model* m, int B, bool accumulate, bool last) {
         if (c->recompute >= 2) { layernorm_again(m, y->x_qkv, ln1, site_of(m, l, X_QKV, TRAIN), rows); }
         linear_backward(m, m->narrow, dy, y->x_qkv, y->qkvw, rows, accumulate);
         layernorm_backward_of(m, y->ln1w, y->ln1b, m->narrow, ln1, rows, false, accumulate);
-        if (last) { reduction_start(&m->reduction, l, s); }
+        if (last) { reduction_start(&m->reduction, first_layer(c) + l, s); }
     }
     ProfileScope scope("embedding backward");
     auto zero = [=](const Param* p) { device_zero(p->accumulator, param_elements(p) * (size_t)dtype_bytes(p->accum), s); };
@@ -1097,7 +1160,9 @@ struct Run {
     Args args;
     OptionTable table;
     World world;
-    Group group;
+    Group group;                 // the replicas; of a plan without their means to exchange
+    bool on_gpu;                 // what runs, or is planned
+    RankLayout layout;
     GptConfig config;
     LlmcModel file;
     bool has_file, has_val;
@@ -1118,6 +1183,36 @@ struct Run {
 };
 
 static bool is_file(const char* path) { return access(path, F_OK) == 0; }
+
+// Who holds what, and on which device
+static void resolve_topology(Run* r) {
+    Args* a = &r->args;
+    Options* o = &r->table.options;
+    r->on_gpu = a->plan ? a->gpu != GPU_NONE : device_is_gpu;
+    if (!a->plan) {
+        const struct { const char* flag; const void* value; } for_plans[] = {{"--json", &a->json}, {"--world", &a->world}, {"--gpu", &a->gpu}};
+        for (auto& f : for_plans) {
+            if (option_given(o, f.value)) { bad_input("%s says what --plan is to print; give --plan with it, or leave it out", f.flag); }
+        }
+        if (a->tp != 1 || a->pp != 1) {
+            bad_input("--%s: %" PRId64 " needs %s parallelism, which is planned by --plan and not run yet; without --plan 1 is allowed", a->tp != 1 ? "tp" : "pp",
+                a->tp != 1 ? a->tp : a->pp, a->tp != 1 ? "tensor" : "pipeline");
+        }
+        return;
+    }
+    if (device_is_gpu && !r->on_gpu) {
+        bad_input("--gpu: none is the CPU, and what its matmuls need only the CPU build knows; allowed here: h100, h200, b200, a100, l40s");
+    }
+    int64_t model = a->tp * a->pp;
+    set_default(o, &a->world, max_of((int64_t)launched_processes(), model));
+    if (a->world % model != 0) {
+        bad_input("--world: %" PRId64 " rank%s no multiple of --tp %" PRId64 " × --pp %" PRId64 " = %" PRId64, a->world, a->world == 1 ? " is" : "s are", a->tp, a->pp, model);
+    }
+    r->layout.dp = (int)(a->world / model);
+    r->layout.pp = (int)a->pp;
+    r->layout.tp = (int)a->tp;
+    r->group.size = r->layout.dp;
+}
 
 // How gradients are added up and travel, from the recipe and the explicit flags
 static void resolve_gradients(Run* r) {
@@ -1150,6 +1245,11 @@ static void resolve_gradients(Run* r) {
     }
     if (a->log_tensors && (!quantised || r->group.size == 1)) {
         bad_input("--log-tensors: no gradient is sent in FP8 here (%s, %d rank%s), so there is nothing to log", wire, r->group.size, r->group.size == 1 ? "" : "s");
+    }
+    const Gpu* planned = a->plan ? gpu_of(a->gpu) : NULL;
+    if (planned != NULL && planned->capability < 90 && r->group.size > 1 && quantised && a->grad_reduce == REDUCE_RING) {
+        bad_input("--grad-reduce ring with --grad-dtype %s: NCCL adds FP8 on GPUs of capability 9.0 and up, and --gpu %s has %d.%d; take --grad-reduce direct", wire,
+            planned->name, planned->capability / 10, planned->capability % 10);
     }
 #ifdef NCCL_TRANSPORT
     bool ring_of_codes = r->group.transport == OVER_NCCL && quantised && a->grad_reduce == REDUCE_RING;
@@ -1262,9 +1362,19 @@ static void resolve_model(Run* r) {
     if (a->bf16_layers.first + a->bf16_layers.last > a->layers) {
         bad_input("--bf16-layers: first:%d,last:%d are more than the %" PRId64 " layers", a->bf16_layers.first, a->bf16_layers.last, a->layers);
     }
-    if (!device_is_gpu && a->staged) { bad_input("--staged is for GPU builds: on a CPU there is nothing to stage"); }
-    if (device_is_gpu && a->width % 16 != 0) { bad_input("--width: %" PRId64 " is not a multiple of 16, which the GPU's matrix units need", a->width); }
-    if (device_is_gpu && fp8 && a->micro_batch * a->seq_len % 16 != 0) {
+    if (!r->on_gpu && a->staged) { bad_input("--staged is for GPU builds: on a CPU there is nothing to stage"); }
+    if (a->heads % a->tp != 0) { bad_input("--tp: %" PRId64 " ranks cannot share the %" PRId64 " attention heads alike; allowed: divisors of them", a->tp, a->heads); }
+    if (a->layers % a->pp != 0) { bad_input("--pp: %" PRId64 " stages cannot share the %" PRId64 " layers alike; allowed: divisors of them", a->pp, a->layers); }
+    if (a->micro_batch * a->seq_len % a->tp != 0) {
+        bad_input("--tp: %" PRId64 " ranks cannot share the %" PRId64 " tokens of --micro-batch %" PRId64 " × --seq-len %" PRId64 " alike; allowed: divisors of them", a->tp,
+            a->micro_batch * a->seq_len, a->micro_batch, a->seq_len);
+    }
+    if (r->on_gpu && a->width % (16 * a->tp) != 0) {
+        if (a->tp == 1) { bad_input("--width: %" PRId64 " is not a multiple of 16, which the GPU's matrix units need", a->width); }
+        bad_input("--tp: %" PRId64 " ranks have %" PRId64 " of the %" PRId64 " channels of --width each, no multiple of 16, which the GPU's matrix units need", a->tp,
+            a->width / a->tp, a->width);
+    }
+    if (r->on_gpu && fp8 && a->micro_batch * a->seq_len % 16 != 0) {
         bad_input("--micro-batch %" PRId64 " × --seq-len %" PRId64 " is no multiple of 16 tokens, which the GPU's FP8 units need", a->micro_batch, a->seq_len);
     }
     if (a->micro_batch * a->seq_len > INT32_MAX / 4) {
@@ -1285,10 +1395,17 @@ static void resolve_model(Run* r) {
     c->scaling = a->fp8_scaling;
     c->fp8_fwd = a->fp8_fwd == FORMAT_E4M3 ? E4M3 : E5M2;
     c->fp8_bwd = a->fp8_bwd == FORMAT_E4M3 ? E4M3 : E5M2;
+    c->dy_wire = a->recipe == RECIPE_FP8 ? c->fp8_bwd : c->act;
     c->seed = (uint64_t)a->seed;
+    c->layout = r->layout;
     resolve_gradients(r);
     resolve_optimizer(r);
     if (3 + 12 * (int64_t)c->layers + 2 > MAX_PARAMS) { bad_input("--layers: at most %d", (MAX_PARAMS - 5) / 12); }
+}
+
+static void resolve_vocabulary(Run* r, int64_t vocab) {
+    r->config.vocab = (int)vocab;
+    r->config.padded_vocab = round_up((int)vocab, 128 * r->layout.tp);
 }
 
 static DataLoaderConfig loader_config(const Run* r, const char* flag, const char* spec, LoaderPart part) {
@@ -1324,20 +1441,24 @@ static void open_data(Run* r) {
                 r->val.vocab, loader_kind_name(&r->train), r->train.vocab);
         }
     }
-    r->config.vocab = (int)r->train.vocab;
-    r->config.padded_vocab = round_up(r->config.vocab, 128);
+    resolve_vocabulary(r, r->train.vocab);
 }
 
-static void resolve_batch(Run* r) {
+// The micro-batches of a step
+static void resolve_global_batch(Run* r) {
     Args* a = &r->args;
     int64_t pass = a->micro_batch * a->seq_len * r->group.size;
-    set_default(&r->table.options, &a->global_batch, pass);
+    set_default(&r->table.options, &a->global_batch, pass * r->layout.pp);
     if (a->global_batch % pass != 0) {
         bad_input("--global-batch: %" PRId64 " tokens are no multiple of micro-batch %" PRId64 " × seq-len %" PRId64 " × %d rank%s = %" PRId64, a->global_batch,
             a->micro_batch, a->seq_len, r->group.size, r->group.size == 1 ? "" : "s", pass);
     }
     if (a->global_batch / pass > INT32_MAX) { bad_input("--global-batch: %" PRId64 " tokens are more than %d micro-batches a rank", a->global_batch, INT32_MAX); }
     r->micro_batches = (int)(a->global_batch / pass);
+}
+
+static void resolve_steps(Run* r) {
+    const Args* a = &r->args;
     r->steps = a->steps >= 0 ? a->steps : loader_tokens(&r->train) / a->global_batch;
     if (a->steps < 0 && r->steps == 0) {
         bad_input("--global-batch: %" PRId64 " tokens are more than the %" PRId64 " of an epoch; give --steps N, or smaller batches", a->global_batch,
@@ -1347,20 +1468,22 @@ static void resolve_batch(Run* r) {
     if (r->warmup > r->steps && r->steps > 0) { bad_input("--warmup: %" PRId64 " is more than the %" PRId64 " steps", r->warmup, r->steps); }
 }
 
+// The operations of a token's forward and backward pass, as MFU counts them
+static double flops_of_token(const GptConfig* c) {
+    double C = c->width;
+    return 6.0 * (12.0 * c->layers * C * C + (double)c->vocab * C) + 12.0 * c->layers * C * c->T;
+}
+
 // The dense peak of the device's matrix units for this recipe, in FLOP/s; 0: not known
 static void resolve_peak(Run* r) {
     char name[128];
     device_name(name, sizeof(name));
-    const struct { const char* name; double bf16, fp8; } known[] = {{"H100", 989e12, 1979e12}, {"H200", 989e12, 1979e12}, {"B200", 2250e12, 4500e12},
-        {"L40S", 362e12, 733e12}, {"A100", 312e12, 312e12}};
-    for (auto& k : known) {
-        if (!device_is_gpu || strstr(name, k.name) == NULL || r->config.act == FP32) { continue; }
-        r->peak_flops = r->config.fp8 ? k.fp8 : k.bf16;
+    const Gpu* g = device_is_gpu ? gpu_by_device(name) : NULL;
+    if (g != NULL && r->config.act != FP32) {
+        r->peak_flops = r->config.fp8 ? g->fp8 : g->bf16;
         r->peak_name = r->config.fp8 ? "dense FP8" : "dense BF16";
     }
-    const GptConfig* c = &r->config;
-    double C = c->width;
-    r->flops_per_token = 6.0 * (12.0 * c->layers * C * C + (double)c->vocab * C) + 12.0 * c->layers * C * c->T;
+    r->flops_per_token = flops_of_token(&r->config);
 }
 
 // The memory of the ranks that take most and least
@@ -1430,6 +1553,12 @@ static bool is_unused(const Run* r, const Option* o) {
     return (o->value == &a->grad_scaling && !(sent && ring)) || (o->value == &a->grad_accum_rounding && c->accum == FP32);
 }
 
+static bool is_for_plans(const Run* r, const Option* o) {
+    const Args* a = &r->args;
+    const void* const values[] = {&a->plan, &a->json, &a->world, &a->gpu, &a->tp, &a->pp};
+    return std::find(std::begin(values), std::end(values), o->value) != std::end(values) || (o->type == OPTION_GROUP && strcmp(o->name, "Planning") == 0);
+}
+
 static void print_settings(const Run* r) {
     static Table t;
     t.count = 0;
@@ -1439,6 +1568,7 @@ static void print_settings(const Run* r) {
     group_describe(&r->group, transport, sizeof(transport));
     for (int i = 0; i < r->table.options.count; i++) {
         const Option* o = &r->table.options.items[i];
+        if (is_for_plans(r, o)) { continue; }
         if (o->type == OPTION_GROUP) { t.rows[t.count] = LogRow{o->name, NULL}; t.count++; continue; }
         char value[320];
         option_value_text(value, sizeof(value), o);
@@ -1480,7 +1610,7 @@ static void log_settings(Run* r) {
     json_object* config = json_object_new_object();
     for (int i = 0; i < r->table.options.count; i++) {
         const Option* o = &r->table.options.items[i];
-        if (o->type == OPTION_GROUP) { continue; }
+        if (o->type == OPTION_GROUP || is_for_plans(r, o)) { continue; }
         char value[320];
         option_value_text(value, sizeof(value), o);
         if (is_unused(r, o)) { json_object_object_add(config, o->name, NULL); }
@@ -1605,23 +1735,256 @@ static void show_sample(Run* r, int64_t step) {
     free(tokens);
 }
 
+// ---- planning: the allocation and the matmuls of a step, dry, for every rank of a topology ----
+
+// Frees what a dry run has taken of the host
+static void model_forget(Model* m) {
+    reduction_forget(&m->reduction);
+    free(m->layers);
+}
+
+// r->model becomes that of one rank, of which nothing but its sizes exists. `matmuls` are those of the planned device
+static void dry_run(Run* r, Matmul* matmuls, int stage, int replica, int64_t micro_batch, Memory* memory) {
+    GptConfig c = r->config;
+    c.B = (int)micro_batch;
+    c.layout.stage = stage;
+    c.layout.in_flight = schedule_in_flight(c.layout.pp, stage, r->micro_batches);
+    r->group.rank = replica;
+    *memory = Memory{};
+    model_describe(&r->model, &c, &r->group);
+    r->model.matmul = *matmuls;
+    r->model.matmul.planned = 0;
+    model_allocate(&r->model, memory);
+}
+
+// What a rank of tp sends the others for one micro-batch
+static void tensor_traffic(const Model* m, double bytes[TP_TRAFFICS]) {
+    const GptConfig* c = &m->config;
+    double act = dtype_bytes(c->act), rows = rows_of(m), others = (c->layout.tp - 1) / (double)c->layout.tp, sent = rows * c->width * others;
+    for (int i = 0; i < TP_TRAFFICS; i++) { bytes[i] = 0.0; }
+    for (int l = 0; l < stage_layers(c); l++) {
+        bool fp8 = m->layers[l].fp8;
+        double x = fp8 ? dtype_bytes(c->fp8_fwd) : act;
+        bytes[TP_X] += 2 * x * sent;
+        bytes[TP_X_AGAIN] += 2 * x * sent;
+        bytes[TP_Y] += 2 * act * sent;
+        bytes[TP_DY] += 2 * (fp8 ? dtype_bytes(c->dy_wire) : act) * sent;
+        bytes[TP_DX] += 2 * act * sent;
+    }
+    if (is_first_stage(c)) { bytes[TP_OTHER] += 2 * act * sent; }  // embedding: rows forward, their gradients backward
+    if (is_last_stage(c)) { bytes[TP_OTHER] += 2 * act * sent + 2 * 3 * sizeof(float) * rows * others; }  // head; maxima, sums and targets of the loss
+}
+
+static void rank_traffic(const Model* m, int micro_batches, PlanTraffic* t) {
+    const GptConfig* c = &m->config;
+    double K = micro_batches, tp = c->layout.tp, C = c->width;
+    *t = PlanTraffic{};
+    reduction_traffic(t->operations, &m->reduction, micro_batches);
+    for (int i = 0; i < COMM_OPERATIONS; i++) { (i == WEIGHTS_GATHER ? t->weights : t->gradients) += (double)t->operations[i]; }
+    tensor_traffic(m, t->tensor);
+    for (double& bytes : t->tensor) { bytes *= K; }
+    double whole = stage_layers(c) * 6.0 * C + (is_last_stage(c) ? 2.0 * C : 0.0);  // vectors that all of tp have, of whose gradients each has its rows' part
+    t->tensor[TP_OTHER] += 2.0 * (tp - 1.0) / tp * whole * sizeof(float);
+    double neighbours = !is_first_stage(c) + !is_last_stage(c);
+    t->pipeline = K * neighbours * rows_of(m) / tp * C * dtype_bytes(c->act);
+    if (c->tied && neighbours == 1.0) { t->pipeline += (double)param_elements(m->wte) * dtype_bytes(m->wte->wire); }  // between first and last stage
+}
+
+// Bytes that everything but matmuls reads and writes in a micro-batch, each tensor once a kernel
+static void elementwise_bytes(const Model* m, double* forward, double* backward) {
+    const GptConfig* c = &m->config;
+    double act = dtype_bytes(c->act), rows = rows_of(m), own = rows / c->layout.tp * c->width, inner = rows * c->width / c->layout.tp;
+    double scores = (double)m->attention.heads * rows * c->T / 2.0;
+    *forward = *backward = 0.0;
+    for (int l = 0; l < stage_layers(c); l++) {
+        bool fp8 = m->layers[l].fp8;
+        double x = fp8 ? dtype_bytes(c->fp8_fwd) : act, dy = fp8 ? dtype_bytes(c->fp8_bwd) : 0.0, rotated = c->rope ? 4.0 * act * inner : 0.0;
+        *forward += 2.0 * (3.0 * act + x) * own + (act + x) * 4.0 * inner;          // LayerNorms with the residual stream, GELU
+        *forward += rotated + scores * (4.0 + act) + (fp8 ? (act + x) * inner : 0.0);  // attention and its output
+        *backward += 2.0 * 4.0 * act * own + (2.0 * act + (fp8 ? dy : act)) * 4.0 * inner;  // LayerNorms, GELU
+        *backward += 2.0 * (act + dy) * own + (act + dy) * 3.0 * inner;             // dY of the projections, and of queries, keys and values
+        *backward += rotated + scores * (8.0 + 2.0 * act) + (4.0 + act) * 3.0 * inner;
+        *backward += (c->recompute >= 1 ? (act + x) * 4.0 * inner : 0.0) + (c->recompute >= 2 ? 2.0 * (act + x) * own : 0.0);
+    }
+    for (int i = 0; i < m->params.count; i++) {  // weight gradients that the matmul does not add up itself
+        const Param* p = &m->params.items[i];
+        if (p->format_class == MATRIX && p->accum != FP32) { *backward += (4.0 + 2.0 * dtype_bytes(p->accum)) * (double)param_elements(p); }
+    }
+    if (is_first_stage(c)) { *forward += 2.0 * act * own; }
+    if (is_last_stage(c)) { *forward += 2.0 * act * rows * c->padded_vocab / c->layout.tp + (3.0 * act) * own; }
+}
+
+static StageTimes stage_times(const Model* m, const Gpu* g, const PlanTraffic* t) {
+    const RankLayout* y = &m->config.layout;
+    StageTimes s = {};
+    each_matmul(m, [&](MatmulCall call, int64_t forward, int64_t backward) {
+        if (forward + backward == 0) { return; }
+        double seconds = matmul_seconds(g, &call);
+        s.forward += (double)forward * seconds;
+        s.backward += (double)backward * seconds;
+    });
+    double forward, backward, tensor[TP_TRAFFICS];
+    elementwise_bytes(m, &forward, &backward);
+    tensor_traffic(m, tensor);
+    s.forward += bytes_seconds(g, forward) + sent_seconds(g, tensor[TP_X] + tensor[TP_Y] + tensor[TP_OTHER] / 2, y->tp);
+    s.backward += bytes_seconds(g, backward) + sent_seconds(g, tensor[TP_X_AGAIN] + tensor[TP_DY] + tensor[TP_DX] + tensor[TP_OTHER] / 2, y->tp);
+    int span = y->tp * y->pp * y->dp;  // replicas are the furthest apart
+    s.reduction = sent_seconds(g, t->gradients, span);
+    s.weights = sent_seconds(g, t->weights, span);
+    Traffic adamw = optimizer_traffic(&m->optimizer, &m->params);
+    s.optimizer = bytes_seconds(g, 2.0 * adamw.updated + adamw.read + adamw.written);
+    return s;
+}
+
+// The largest micro-batch with which every rank fits; fullest: the replica that takes most, by stage
+static int64_t largest_micro_batch(Run* r, Matmul* matmuls, const std::vector<int>& fullest, double limit) {
+    int64_t T = r->config.T, unit = 1, most = min_of(INT32_MAX / 4 / T, MAX_MICRO_BATCH);
+    while (unit * T % r->layout.tp != 0 || (r->on_gpu && r->config.fp8 && unit * T % 16 != 0)) { unit++; }
+    auto fits = [&](int64_t units) {
+        bool all = units * unit <= most;
+        for (size_t s = 0; all && s < fullest.size(); s++) {
+            Memory memory;
+            dry_run(r, matmuls, (int)s, fullest[s], units * unit, &memory);
+            all = (double)memory_total(&memory) <= limit;
+            model_forget(&r->model);
+        }
+        return all;
+    };
+    int64_t low = 0, high = 1;
+    while (fits(high)) { low = high; high *= 2; }
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        (fits(middle) ? low : high) = middle;
+    }
+    return low * unit;
+}
+
+static void plan_side(Run* r, Matmul* matmuls, const Plan* p, PlanSide* side) {
+    std::vector<StageTimes> times;
+    std::vector<int> fullest;  // replica, by stage
+    uint64_t most = 0, least = UINT64_MAX;
+    double sent = -1.0;
+    for (int stage = 0; stage < p->pp; stage++) {
+        size_t most_of_stage = 0;
+        fullest.push_back(0);
+        for (int replica = 0; replica < p->dp; replica++) {  // the ranks of tp take as much as each other
+            Memory memory;
+            dry_run(r, matmuls, stage, replica, p->micro_batch, &memory);
+            size_t total = memory_total(&memory);
+            if (total > most_of_stage) { most_of_stage = total; fullest[(size_t)stage] = replica; }
+            auto keep = [&](uint64_t* kept) {
+                for (int i = 0; i < MEMORY_CATEGORIES; i++) { kept[i] = memory.bytes[i]; }
+            };
+            if (total > most) { most = total; keep(side->memory); }
+            if (total < least) { least = total; keep(side->memory_min); }
+            PlanTraffic traffic;
+            rank_traffic(&r->model, r->micro_batches, &traffic);
+            if (plan_traffic(&traffic) > sent) { sent = plan_traffic(&traffic); side->traffic = traffic; }
+            if (replica == 0 && p->gpu != NULL) { times.push_back(stage_times(&r->model, p->gpu, &traffic)); }
+            double tensor[TP_TRAFFICS];
+            tensor_traffic(&r->model, tensor);
+            side->table7 = max_of(side->table7, tensor[TP_X] + tensor[TP_X_AGAIN] + tensor[TP_DX]);
+            model_forget(&r->model);
+        }
+    }
+    side->times.step = NAN;
+    if (p->gpu != NULL && r->config.act != FP32) { side->times = plan_times(times, r->micro_batches); }
+    side->largest_micro_batch = largest_micro_batch(r, matmuls, fullest, p->memory_limit);
+}
+
+// The settings become those of the baseline: of what is about precision and memory only BF16 with nothing computed twice
+static void set_baseline(Run* r) {
+    Args fresh;
+    bool here = false;
+    for (int i = 0; i < r->table.options.count; i++) {
+        Option* o = &r->table.items[i];
+        if (o->type == OPTION_GROUP) { here = strcmp(o->name, "Precision and memory") == 0; continue; }
+        if (!here) { continue; }
+        o->given = false;
+        size_t bytes = o->type == OPTION_CHOICE ? sizeof(int) : o->type == OPTION_FLAG ? sizeof(bool) : o->type == OPTION_CUSTOM ? sizeof(Bf16Layers) : sizeof(int64_t);
+        memcpy(o->value, (const char*)&fresh + ((const char*)o->value - (const char*)&r->args), bytes);
+    }
+    r->args.recipe = RECIPE_BF16;
+    r->args.recompute = 0;
+}
+
+static void resolve_planned(Run* r) {
+    resolve_model(r);
+    if (r->has_file) { llmc_close(&r->file); }
+    resolve_vocabulary(r, r->args.vocab > 0 ? r->args.vocab : 50257);
+    resolve_global_batch(r);
+}
+
+static void make_plan(Run* r) {
+    if (process.rank != 0) { return; }
+    const Args* a = &r->args;
+    Plan p = {};
+    p.gpu = gpu_of(a->gpu);
+    p.world = (int)a->world;
+    p.dp = r->layout.dp;
+    p.pp = r->layout.pp;
+    p.tp = r->layout.tp;
+    resolve_planned(r);
+    char model[64], recipe[64];
+    snprintf(model, sizeof(model), "%d layers × %d", r->config.layers, r->config.width);
+    option_value_text(recipe, sizeof(recipe), option_of(&r->table.options, &a->recipe));
+    p.model = a->init != NULL ? a->init : model;
+    p.asked.recipe = recipe;
+    p.baseline.recipe = "bf16";
+    p.micro_batch = a->micro_batch;
+    p.seq_len = a->seq_len;
+    p.micro_batches = r->micro_batches;
+    p.flops = flops_of_token(&r->config) * (double)a->global_batch;
+    p.memory_limit = p.gpu != NULL ? p.gpu->memory - GPU_RESERVED : (double)device_memory_free() / p.world;
+    Matmul matmuls;
+    if (p.gpu != NULL) {
+        matmul_imagine(&matmuls, p.gpu->capability);
+    } else {
+#ifdef _OPENMP
+        cpu_set_t cores;
+        r->world.cores = max_of(allowed_cores(&cores) / p.world, 1);  // a node's, as its ranks will share them
+        omp_set_num_threads(threads_per_rank(&r->world));
+#endif
+        matmul_create(&matmuls);
+    }
+    GptConfig whole = r->config;
+    whole.layout = RankLayout{};
+    model_describe(&r->model, &whole, &r->group);
+    p.parameters = params_total(&r->model.params);
+    model_forget(&r->model);
+    plan_side(r, &matmuls, &p, &p.asked);
+    set_baseline(r);
+    resolve_planned(r);
+    plan_side(r, &matmuls, &p, &p.baseline);
+    matmul_destroy(&matmuls);
+    if (a->json) { plan_print_json(stdout, &p); } else { plan_print(stdout, &p); }
+    if (fflush(stdout) != 0) { die("--plan: cannot write: %s", strerror(errno)); }
+}
+
 // ---- main ----
 
 static void setup(Run* r, int argc, char** argv) {
     option_table(&r->table, &r->args);
     parse_options(&r->table.options, argc, argv);
+    resolve_topology(r);
+    if (r->args.plan) {
+        make_plan(r);
+        exit(0);
+    }
     r->world = world_init(&argc, &argv);
     world_select_device(&r->world);
 #ifdef _OPENMP
     omp_set_num_threads(threads_per_rank(&r->world));
 #endif
     r->group = group_world(&r->world, r->args.staged);
+    r->layout.dp = r->group.size;
     static char text[1 << 20];
     settings_text(r, text, sizeof(text));
     require_same_everywhere(&r->group, "flags", text);
     resolve_model(r);
     open_data(r);
-    resolve_batch(r);
+    resolve_global_batch(r);
+    resolve_steps(r);
     resolved_text(r, text, sizeof(text));
     require_same_everywhere(&r->group, "data and model", text);
     settings_text(r, text, sizeof(text));  // again, with what the recipe has set: a flag that was given may be another's default
@@ -1708,7 +2071,7 @@ static void train(Run* r) {
         profile_report(stdout, wall_seconds() - profile_start, (int)(r->steps - 1));
         matmul_time_alone(&m->matmul, m->stream);
         matmul_report(&m->matmul, stdout, (int)(r->steps - 1));
-        profile_bytes_alone(stdout, "adamw", optimizer_traffic(&m->params), m->stream);
+        profile_bytes_alone(stdout, "adamw", optimizer_traffic(&m->optimizer, &m->params), m->stream);
     }
 }
 

@@ -233,16 +233,20 @@ static inline AttentionViews attention_views(const Attention* a, const void* qkv
     return x;
 }
 
-// The largest workspace that any product asks for. `backward`: those of the backward pass too.
-static inline void attention_plan(const Attention* a, Matmul* mm, bool backward) {
+// f(product, how often a sequence makes it in the forward pass, and in the backward pass) for every product; `backward`: those of the backward pass too
+template <class F> static inline void each_attention_product(const Attention* a, bool backward, F f) {
     AttentionViews x = attention_views(a, NULL, NULL, NULL, 0);
     for (int first = 0; first < a->T; first += attention_block(a->T)) {
         int last = min_of(a->T, first + attention_block(a->T));
         for (int w = 0; w < (backward ? (int)ATTENTION_PRODUCTS : (int)D_PROBS); w++) {
-            MatmulCall call = attention_call(a, (AttentionProduct)w, x, first, last);
-            matmul_plan(mm, &call);
+            f(attention_call(a, (AttentionProduct)w, x, first, last), w < D_PROBS ? 1 : 0, backward && w != OUTPUT ? 1 : 0);
         }
     }
+}
+
+// The largest workspace that any product asks for.
+static inline void attention_plan(const Attention* a, Matmul* mm, bool backward) {
+    each_attention_product(a, backward, [=](MatmulCall call, int, int) { matmul_plan(mm, &call); });
 }
 
 template <class T> static inline void attention_rotate(const Attention* a, const void* qkv, int b, Stream s) {

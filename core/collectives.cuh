@@ -47,7 +47,8 @@ enum Transport { ALONE, OVER_MPI, OVER_MPI_STAGED, OVER_NCCL };
 // What bytes are counted under: the operation, but exchanges of scales, the gradients of vectors, and weights by themselves
 enum CommOperation {
     ALL_REDUCE_SUM, ALL_REDUCE_MAX, SCALES, VECTORS, REDUCE_SCATTER, ALL_TO_ALL, REGROUP, ALL_GATHER, WEIGHTS_GATHER, BROADCAST, HOST_BROADCAST,
-    HOST_ALL_REDUCE_SUM, HOST_ALL_GATHER, COMM_OPERATIONS
+    HOST_ALL_REDUCE_SUM, HOST_ALL_GATHER, COMM_OPERATIONS,
+    NOT_COUNTED = COMM_OPERATIONS
 };
 
 static const char* const comm_names[COMM_OPERATIONS] = {

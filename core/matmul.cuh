@@ -96,6 +96,7 @@ struct MatmulShapeEqual {
 
 struct Matmul {
     bool timing;            // measure each call (on a GPU that waits for it): for the bench
+    bool imagined;          // of a GPU that is not there: calls are planned, none is made
     int capability;         // of the GPU, e.g. 90; 0 on a CPU
     void* workspace;
     size_t workspace_bytes;
@@ -436,7 +437,15 @@ static inline void matmul_create(Matmul* mm) {
     backend_create(mm);
 }
 
+// For planning on a GPU that is not there; nothing of a library or device is touched.
+static inline void matmul_imagine(Matmul* mm, int capability) {
+    *mm = Matmul{};
+    mm->imagined = true;
+    mm->capability = capability;
+}
+
 static inline void matmul_destroy(Matmul* mm) {
+    if (mm->imagined) { *mm = Matmul{}; return; }
     for (MatmulEntry* entry : *mm->order) {
         kernel_destroy(entry->kernel);
         delete entry;
@@ -481,12 +490,20 @@ static inline MatmulEntry* matmul_entry(Matmul* mm, const MatmulCall* c, bool po
     return entry;
 }
 
-// Bytes of workspace that this call needs on this build's device. No pointer is read but whether bias is NULL. Matmul keeps the maximum in
+// Bytes of workspace that this call needs on this build's device, or on the imagined one. No pointer is read but whether bias is NULL. Matmul keeps the maximum in
 // `planned`.
 static inline size_t matmul_plan(Matmul* mm, const MatmulCall* c) {
-    MatmulEntry* entry = matmul_entry(mm, c, false);
-    mm->planned = max_of(mm->planned, entry->workspace);
-    return entry->workspace;
+    size_t bytes;
+    if (mm->imagined) {
+        const char* objection = matmul_objection(c);
+        if (objection == NULL) { objection = matmul_gpu_objection(c, mm->capability); }
+        if (objection != NULL) { matmul_refuse(c, objection); }
+        bytes = matmul_gpu_workspace(c, mm->capability);
+    } else {
+        bytes = matmul_entry(mm, c, false)->workspace;
+    }
+    mm->planned = max_of(mm->planned, bytes);
+    return bytes;
 }
 
 // 256-byte aligned; used by all calls, so all calls go to one stream (or to streams that wait for each other)
@@ -497,6 +514,7 @@ static inline void matmul_set_workspace(Matmul* mm, void* p, size_t bytes) {
 }
 
 static inline void matmul(Matmul* mm, const MatmulCall* c, Stream stream) {
+    if (mm->imagined) { matmul_refuse(c, "the GPU is not there, its calls can only be planned"); }
     MatmulEntry* entry = matmul_entry(mm, c, true);
     if (c->m == 0 || c->n == 0) { return; }
     if (c->d == NULL || (c->k > 0 && (c->a.data == NULL || c->b.data == NULL))) { matmul_refuse(c, "a matrix is NULL"); }

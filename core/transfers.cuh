@@ -176,7 +176,7 @@ static inline void start_all_reduce_max(Transfer* t, void* data, size_t n, CommO
 static inline void start_all_gather(Transfer* t, void* data, Parts parts, CommOperation counter, Stream stream) {
     Group* g = t->group;
     if (g->transport == ALONE) { return; }
-    g->bytes_sent[counter] += parts.bytes(g->rank) * ((uint64_t)g->size - 1);
+    if (counter != NOT_COUNTED) { g->bytes_sent[counter] += parts.bytes(g->rank) * ((uint64_t)g->size - 1); }
 #ifdef NCCL_TRANSPORT
     if (g->transport == OVER_NCCL) {
         if (parts.cuts == NULL) { nccl_all_gather(g->nccl, data, parts.equal, g->rank, stream); }

@@ -125,7 +125,7 @@ int main(int argc, char** argv) {
     printf("AdamW of %" PRId64 " elements, a step\n%-44s %7s %7s %10s %10s %8s\n", elements, "", "floor", "moved", "ns/element", "alone", "ratio");
     for (int i = 0; i < COUNT; i++) {
         BenchRow* r = &rows[i];
-        Traffic t = optimizer_traffic(&tensors[i]->table);
+        Traffic t = optimizer_traffic(&tensors[i]->optimizer, &tensors[i]->table);
         r->alone = profile_bytes_alone(nowhere, "", t, s);
         r->moved = (2.0 * t.updated + t.read + t.written) / (double)elements;
         r->floor = 2.0 * (dtype_bytes(r->master) + dtype_bytes(r->m) + dtype_bytes(r->v)) + dtype_bytes(r->grad) + dtype_bytes(r->weight);

@@ -370,3 +370,30 @@ EOT
     refuses_on 1 $good : -np 1 $good --frobnicate "*unknown flag '--frobnicate'*"
     refuses_on 1 $good --frobnicate : -np 1 $good "*unknown flag '--frobnicate'*"
 }
+
+@test "plans that cannot be made, and what only a plan can have" {
+    refuses_each <<'EOT'
+--json | --json*--plan*
+--world 4 | --world*--plan*
+--gpu h100 | --gpu*--plan*
+--no-plan --gpu none | --gpu*--plan*
+--tp 2 | --tp: 2 needs tensor parallelism*--plan*1 is allowed*
+--pp 2 | --pp: 2 needs pipeline parallelism*--plan*1 is allowed*
+--tp 0 | --tp: '0' is out of range; allowed: 1 to 1024*
+--plan --gpu h300 | --gpu: 'h300' is not known; allowed: h100, h200, b200, a100, l40s, none*
+--plan --world 0 | --world: '0' is out of range; allowed: 1 to 16384*
+--plan --world 6 --tp 4 | --world: 6 ranks are no multiple of --tp 4 × --pp 1 = 4*
+--plan --world 1 --tp 2 --pp 2 | --world: 1 rank is no multiple of --tp 2 × --pp 2 = 4*
+--plan --tp 4 | --tp: 4 ranks cannot share the 2 attention heads alike*divisors*
+--plan --pp 4 | --pp: 4 stages cannot share the 2 layers alike*divisors*
+--plan --tp 2 --micro-batch 1 --seq-len 31 | --tp: 2 ranks cannot share the 31 tokens*
+--plan --tp 2 --width 48 | --tp: 2 ranks have 24 of the 48 channels*16*
+--plan --width 72 | --width: 72 is not a multiple of 16*
+--plan --micro-batch 1 --seq-len 24 | --micro-batch 1 × --seq-len 24 is no multiple of 16 tokens*
+--plan --gpu a100 --world 4 --recipe fp8-lm | --grad-reduce ring*9.0*--gpu a100 has 8.0*direct*
+--plan --global-batch 100 | --global-batch: 100 tokens are no multiple*
+--plan --init nothing.bin | --init: 'nothing.bin'*
+--plan --recipe bf16 --fp8-scaling current | --fp8-scaling belongs to the recipes fp8*
+--plan --gpu none --staged | --staged is for GPU builds*
+EOT
+}

@@ -427,6 +427,7 @@ RUNS
     printf '#!/bin/sh\n./tiny "$@" | sed "s/^adamw /AdamW /"\n' > renamed
     chmod +x tiny renamed
     local bench=$BATS_TEST_DIRNAME/../scripts/bench.sh
+    export OPTIMIZER=
     TRAIN=$PWD/tiny STEPS=3 REPEAT=2 OUT=$PWD/bench.jsonl "$bench" > out
     valid_json bench.jsonl
     [ "$(wc -l < bench.jsonl)" = 6 ] # three shapes, two recipes, the faster of two runs
@@ -442,6 +443,20 @@ RUNS
     TRAIN=$PWD/renamed STEPS=3 REPEAT=1 run -2 "$bench" # a label that is not found is no zero
     TRAIN=$PWD/tiny STEPS=2 run -2 "$bench"
     TRAIN=$PWD/tiny SHAPES=124M-B9 run -2 "$bench"
+}
+
+@test "bench_optimizer's bytes are those of its formats" {
+    make -s -C "$BATS_TEST_DIRNAME/.." DEVICE=cpu experiments
+    local program=$BATS_TEST_DIRNAME/../$(make -s -C "$BATS_TEST_DIRNAME/.." DEVICE=cpu config | sed -n 's/^BUILD = //p')/scripts/bench_optimizer
+    "$program" 70000 rows.jsonl > out
+    valid_json rows.jsonl
+    grep -q '^AdamW of 69632 elements' out # whole rows of 1024
+    # gradient, states twice, weight; and what a second pass reads: by tensor gradient and states, for an FP8 weight of other states the master
+    awk '/ B / { for (i = 1; i <= NF; i++) { if ($i == "B") { printf "%s ", $(i - 1) } } }' out > bytes
+    [ "$(cat bytes)" = "30 30 26 30 12 18 12 14 10 12 13 15 " ]
+    run -2 "$program" 5
+    run -2 "$program" many
+    run -2 "$program" 70000 /nowhere/rows.jsonl
 }
 
 # ---- data ----

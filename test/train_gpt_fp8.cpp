@@ -647,12 +647,66 @@ static void learning_rates(void** state) {
     assert_true(learning_rate(SCHEDULE_COSINE, 1.0, 0.1, 5, 5, 5) > 0.0);  // no step left after warm-up: no division by zero
 }
 
+// The tables of all ranks of a topology hold each element of the model once, but for what every rank of a layer has whole, and for the tied embedding, which the
+// first and the last stage have. Fails on a shard of the wrong shape, layer, name or format
+static void shards_make_up_the_model(void** state) {
+    (void)state;
+    static Model whole, shard;
+    auto describe = [](Model* m, GptConfig c) {
+        *m = Model{};
+        m->config = c;
+        m->layers = (Layer*)host_alloc((size_t)stage_layers(&c) * sizeof(Layer));
+        for (int l = 0; l < stage_layers(&c); l++) { m->layers[l] = Layer{}; }
+        build_params(m);
+    };
+    for (int variant = 0; variant < 2; variant++) {
+        GptConfig c = small_config(8, 4, 64, 1000, 16, 2, variant == 0, variant == 0, BF16, true);
+        c.bf16_layers = Bf16Layers{1, 2};
+        describe(&whole, c);
+        for (int tp : {1, 2, 4}) {
+            for (int pp : {1, 2, 4, 8}) {
+                std::vector<int64_t> valid((size_t)whole.params.count), holders((size_t)whole.params.count);
+                c.padded_vocab = round_up(1000, 128 * tp);
+                for (int rank = 0; rank < tp * pp; rank++) {
+                    c.layout.tp = tp;
+                    c.layout.pp = pp;
+                    c.layout.tp_rank = rank % tp;
+                    c.layout.stage = rank / tp;
+                    describe(&shard, c);
+                    for (int i = 0; i < shard.params.count; i++) {
+                        const Param *p = &shard.params.items[i], *w = param_find(&whole.params, p->name);
+                        assert_non_null(w);
+                        assert_int_equal(p->layer, w->layer);
+                        assert_int_equal(p->dtype, w->dtype);
+                        assert_int_equal(p->format_class, w->format_class);
+                        assert_true(p->init_std == w->init_std && p->init_value == w->init_value);
+                        if (p->layer >= 0 && p->layer < 8) { assert_int_equal(p->layer / (8 / pp), c.layout.stage); }
+                        valid[(size_t)(w - whole.params.items)] += p->valid_rows * p->cols;
+                        holders[(size_t)(w - whole.params.items)]++;
+                    }
+                    free(shard.layers);
+                }
+                for (int i = 0; i < whole.params.count; i++) {
+                    const Param* w = &whole.params.items[i];
+                    bool table = strcmp(w->name, "wte") == 0 || strcmp(w->name, "lmhead") == 0, bias = strstr(w->name, "qkvb") != NULL || strstr(w->name, "fcb") != NULL;
+                    int64_t stages = strcmp(w->name, "wte") == 0 && c.tied && pp > 1 ? 2 : 1, copies = table || bias || w->format_class == MATRIX ? 1 : tp;
+                    if (holders[(size_t)i] != stages * tp || valid[(size_t)i] != stages * copies * w->valid_rows * w->cols) {
+                        fail_msg("tp %d, pp %d: %s: %d holders of %" PRId64 " elements", tp, pp, w->name, (int)holders[(size_t)i], valid[(size_t)i]);
+                    }
+                }
+            }
+        }
+        free(whole.layers);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(loss_logits_and_gradients_equal_pytorch), cmocka_unit_test(llmc_models_give_pytorchs_loss),
         cmocka_unit_test(gradients_are_directional_derivatives), cmocka_unit_test(fp8_matmuls_take_fp8_codes),
         cmocka_unit_test(precision_costs_little_on_trained_weights), cmocka_unit_test(recompute_changes_no_bit),
         cmocka_unit_test(evaluation_leaves_no_trace), cmocka_unit_test(every_matmul_is_planned),
-        cmocka_unit_test(narrow_accumulators_add_up_the_same_gradient), cmocka_unit_test(a_non_finite_step_leaves_no_trace), cmocka_unit_test(learning_rates)};
+        cmocka_unit_test(narrow_accumulators_add_up_the_same_gradient), cmocka_unit_test(a_non_finite_step_leaves_no_trace), cmocka_unit_test(learning_rates),
+        cmocka_unit_test(shards_make_up_the_model)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,0 +1,254 @@
+// plan.h: what a training run would take of a machine that is not there: GPUs by name, the least time that work can take on them, and a plan with
+// its table and its JSON.
+//
+// Memory in a plan is what the trainer's own allocation code asks for, run dry. Times are rooflines: a matmul takes its operations at the units' dense
+// peak or its bytes at the memory's bandwidth, whichever is longer, all else its bytes alone. Nothing real is faster, hence "at best".
+//
+// Ranks fill a node of 8 GPUs in their order, those that share a layer (tp) side by side, then the stages (pp), then the replicas (dp). A group whose
+// ranks span one node exchanges over NVLink, a larger one over the network. Each direction of a link carries its rate.
+#pragma once
+#include "collectives.cuh"  // CommOperation
+#include "log.h"            // text_bytes, make_valid_json
+#include "matmul.cuh"       // what a GPU does with a shape
+#include "memory.h"         // categories
+#include "schedule.h"       // the order of a pipeline's micro-batches
+
+// ---- GPUs ----
+
+struct Gpu {
+    const char* name;    // as --gpu takes it
+    const char* device;  // part of the name that the driver gives it
+    int capability;      // 90 is 9.0
+    double memory;       // bytes, as the driver reports them
+    double bandwidth;    // of the memory, bytes/s
+    double bf16, fp8;    // dense peaks, FLOP/s; without FP8 units FP8 is widened to BF16
+    double link;         // to GPUs of the node, bytes/s in each direction
+    double network;      // to other nodes, bytes/s of one GPU in each direction
+};
+
+enum GpuChoice { GPU_H100, GPU_H200, GPU_B200, GPU_A100, GPU_L40S, GPU_NONE };
+#define GPU_CHOICES "h100|h200|b200|a100|l40s|none"
+
+// NVIDIA's data sheets of the SXM forms (H100 2023, H200 2024, DGX B200 2024, A100 80 GB 2021; L40S 2023: PCIe 4.0 ×16 for a link): dense rates are half of those
+// with sparsity, NVLink's half of the sum of both directions. Network: a DGX's ConnectX of 400 Gbit/s a GPU; 200 with A100 and L40S.
+static const Gpu gpus[] = {
+    {"h100", "H100", 90, 81559.0 * (1 << 20), 3.35e12, 989e12, 1979e12, 450e9, 50e9},
+    {"h200", "H200", 90, 143771.0 * (1 << 20), 4.8e12, 989e12, 1979e12, 450e9, 50e9},
+    {"b200", "B200", 100, 183359.0 * (1 << 20), 8e12, 2250e12, 4500e12, 900e9, 50e9},
+    {"a100", "A100", 80, 81920.0 * (1 << 20), 2.039e12, 312e12, 312e12, 300e9, 25e9},
+    {"l40s", "L40S", 89, 46068.0 * (1 << 20), 0.864e12, 362e12, 733e12, 32e9, 25e9},
+};
+
+constexpr int GPUS_A_NODE = 8;
+constexpr double GPU_RESERVED = 1 << 30;  // bytes that CUDA and NCCL keep for themselves, about
+
+static inline const Gpu* gpu_of(GpuChoice choice) { return choice == GPU_NONE ? NULL : &gpus[choice]; }
+
+// By the name that the driver gives it; NULL: not in the table
+static inline const Gpu* gpu_by_device(const char* name) {
+    for (const Gpu& g : gpus) {
+        if (strstr(name, g.device) != NULL) { return &g; }
+    }
+    return NULL;
+}
+
+// ---- rooflines, in seconds ----
+
+static inline double bytes_seconds(const Gpu* g, double bytes) { return bytes / g->bandwidth; }
+
+// Bytes that a rank sends to others of a group whose first and last lie `span` ranks apart
+static inline double sent_seconds(const Gpu* g, double bytes, int span) { return bytes / (span <= GPUS_A_NODE ? g->link : g->network); }
+
+static inline double copy_bytes(const GpuOperand* o, DType from) {
+    return o->copy == GPU_AS_IS ? 0.0 : (double)o->bytes * (1.0 + (double)dtype_bytes(from) / dtype_bytes(o->dtype));
+}
+
+// Operands of FP8 and BF16; the copies that the backend makes of them are in it
+static inline double matmul_seconds(const Gpu* g, const MatmulCall* c) {
+    GpuPlan p = matmul_gpu_plan(c, g->capability);
+    double m = c->m, n = c->n, k = c->k, d = m * n * dtype_bytes(c->d_dtype);
+    double bytes = m * k * dtype_bytes(p.a.dtype) + k * n * dtype_bytes(p.b.dtype) + (c->accumulate ? 2.0 * d : d);
+    double product = max_of(2.0 * m * n * k / (p.fp8 ? g->fp8 : g->bf16), bytes / g->bandwidth) * c->batch;
+    return product + bytes_seconds(g, copy_bytes(&p.a, c->a.dtype) + copy_bytes(&p.b, c->b.dtype));
+}
+
+// ---- a plan ----
+
+// What the ranks of a layer (tp) exchange for a linear layer pair: X into a column-parallel one, again for its weight gradient, the sum of the row-parallel one's Y,
+// dY into its backward, the sum of dX; and what else: embedding, head, loss, norms' gradients.
+enum TensorParallelTraffic { TP_X, TP_X_AGAIN, TP_Y, TP_DY, TP_DX, TP_OTHER, TP_TRAFFICS };
+static const char* const tp_traffic_names[TP_TRAFFICS] = {"gather X", "gather X again", "sum Y", "gather dY", "sum dX", "embedding, head, norms"};
+
+struct PlanTraffic {        // bytes that a rank sends in a step
+    uint64_t operations[COMM_OPERATIONS];  // of the reduction of gradients and the distribution of weights
+    double gradients, weights;             // the same, by purpose
+    double tensor[TP_TRAFFICS];
+    double pipeline;
+};
+
+struct PlanTimes {          // seconds
+    double forward, backward;  // of a micro-batch on the slowest stage, tensor parallel traffic included
+    double passes;             // all micro-batches through all stages
+    double bubble;             // share of that in which a stage waits
+    double exposed;            // reduction and weights that nothing hides
+    double optimizer, step;    // NaN: not known
+};
+
+struct PlanSide {           // the run that was asked for, or its baseline
+    const char* recipe;
+    uint64_t memory[MEMORY_CATEGORIES], memory_min[MEMORY_CATEGORIES];  // of the fullest and the emptiest rank
+    PlanTraffic traffic;    // of the rank that sends most
+    double table7;          // FP8-LM's table 7: bytes a rank sends for the activations of a micro-batch, X, X again and dX only
+    PlanTimes times;
+    int64_t largest_micro_batch;  // 0: none fits
+};
+
+struct Plan {
+    const Gpu* gpu;         // NULL: the CPU
+    const char* model;
+    int world, dp, tp, pp;
+    int64_t parameters, micro_batch, seq_len, micro_batches;
+    double memory_limit;    // bytes of a rank
+    double flops;           // of a step, as MFU counts them
+    PlanSide asked, baseline;
+};
+
+// Least times of one stage: a micro-batch in each direction, tensor parallel traffic included; what it sends in a step; its optimizer
+struct StageTimes { double forward, backward, reduction, weights, optimizer; };
+
+// A step: all micro-batches through the pipeline. Gradients travel during the last backward pass, weights during the first forward pass; what is left of
+// both waits. What stages send each other travels while they compute.
+static inline PlanTimes plan_times(const std::vector<StageTimes>& stages, int micro_batches) {
+    PlanTimes t = {};
+    std::vector<double> forward, backward;
+    double busiest = 0.0;
+    for (const StageTimes& x : stages) {
+        forward.push_back(x.forward);
+        backward.push_back(x.backward);
+        if (x.forward + x.backward > busiest) {
+            busiest = x.forward + x.backward;
+            t.forward = x.forward;
+            t.backward = x.backward;
+        }
+        t.exposed = max_of(t.exposed, max_of(x.reduction - x.backward, 0.0) + max_of(x.weights - x.forward, 0.0));
+        t.optimizer = max_of(t.optimizer, x.optimizer);
+    }
+    t.passes = schedule_makespan((int)stages.size(), micro_batches, forward.data(), backward.data());
+    t.bubble = 1.0 - micro_batches * busiest / t.passes;
+    t.step = t.passes + t.exposed + t.optimizer;
+    return t;
+}
+
+static inline uint64_t plan_total(const uint64_t* memory) {
+    uint64_t total = 0;
+    for (int i = 0; i < MEMORY_CATEGORIES; i++) { total += memory[i]; }
+    return total;
+}
+static inline double plan_tensor_traffic(const PlanTraffic* t) {
+    double sum = 0.0;
+    for (double bytes : t->tensor) { sum += bytes; }
+    return sum;
+}
+static inline double plan_traffic(const PlanTraffic* t) { return t->gradients + t->weights + plan_tensor_traffic(t) + t->pipeline; }
+
+// ---- as JSON ----
+
+static inline json_object* plan_memory_json(const uint64_t* memory) {
+    json_object* o = json_object_new_object();
+    for (int i = 0; i < MEMORY_CATEGORIES; i++) { json_object_object_add(o, memory_names[i], json_object_new_int64((int64_t)memory[i])); }
+    json_object_object_add(o, "total", json_object_new_int64((int64_t)plan_total(memory)));
+    return o;
+}
+
+static inline void plan_side_json(json_object* o, const PlanSide* side) {
+    const PlanTraffic* t = &side->traffic;
+    json_object_object_add(o, "memory", plan_memory_json(side->memory));
+    json_object_object_add(o, "memory_min", plan_memory_json(side->memory_min));
+    json_object* traffic = json_object_new_object();
+    const struct { const char* name; double bytes; } kinds[] = {
+        {"gradients", t->gradients}, {"weights", t->weights}, {"tensor_parallel", plan_tensor_traffic(t)}, {"pipeline", t->pipeline}};
+    for (auto& k : kinds) { json_object_object_add(traffic, k.name, json_object_new_int64((int64_t)llround(k.bytes))); }
+    json_object_object_add(o, "traffic", traffic);
+    json_object_object_add(o, "table7", json_object_new_int64((int64_t)llround(side->table7)));
+    json_object_object_add(o, "step_seconds", json_object_new_double(side->times.step));
+    json_object_object_add(o, "largest_micro_batch", json_object_new_int64(side->largest_micro_batch));
+}
+
+static inline void plan_print_json(FILE* file, const Plan* p) {
+    json_object* o = json_object_new_object();
+    json_object_object_add(o, "recipe", json_object_new_string(p->asked.recipe));
+    json_object_object_add(o, "gpu", json_object_new_string(p->gpu != NULL ? p->gpu->name : "none"));
+    const struct { const char* name; int64_t value; } numbers[] = {{"world", p->world}, {"dp", p->dp}, {"tp", p->tp}, {"pp", p->pp}, {"parameters", p->parameters},
+        {"micro_batch", p->micro_batch}, {"seq_len", p->seq_len}, {"micro_batches", p->micro_batches}};
+    for (auto& n : numbers) { json_object_object_add(o, n.name, json_object_new_int64(n.value)); }
+    plan_side_json(o, &p->asked);
+    json_object_object_add(o, "memory_limit", json_object_new_int64((int64_t)p->memory_limit));
+    json_object* baseline = json_object_new_object();
+    json_object_object_add(baseline, "recipe", json_object_new_string(p->baseline.recipe));
+    plan_side_json(baseline, &p->baseline);
+    json_object_object_add(o, "baseline", baseline);
+    make_valid_json(o);
+    fprintf(file, "%s\n", json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN));
+    json_object_put(o);
+}
+
+// ---- as a table ----
+
+static inline void plan_row(FILE* file, int indent, const char* name, const char* asked, const char* baseline, double change) {
+    fprintf(file, "%*s%s%*s %12s %12s", indent, "", name, max_of(36 - indent - columns_of(name), 1), "", asked, baseline);
+    if (isfinite(change)) { fprintf(file, " %+9.1f %%", 100.0 * change); }
+    fputc('\n', file);
+}
+static inline void plan_bytes_row(FILE* file, int indent, const char* name, double asked, double baseline) {
+    if (asked == 0.0 && baseline == 0.0) { return; }
+    plan_row(file, indent, name, text_bytes(asked).s, text_bytes(baseline).s, asked / baseline - 1.0);
+}
+static inline void plan_time_row(FILE* file, int indent, const char* name, double asked, double baseline) {
+    if (asked == 0.0 && baseline == 0.0) { return; }
+    plan_row(file, indent, name, text_ms(1e3 * asked).s, text_ms(1e3 * baseline).s, asked / baseline - 1.0);
+}
+
+static inline void plan_print(FILE* file, const Plan* p) {
+    const PlanSide *a = &p->asked, *b = &p->baseline;
+    const char* device = p->gpu != NULL ? p->gpu->device : "this CPU";
+    fprintf(file, "plan of %s, %s parameters, on %d × %s: dp %d, pp %d, tp %d; in a step %" PRId64 " micro-batch%s of %" PRId64 " × %" PRId64 " tokens\n", p->model,
+            text_count((double)p->parameters).s, p->world, device, p->dp, p->pp, p->tp, p->micro_batches, p->micro_batches == 1 ? "" : "es", p->micro_batch, p->seq_len);
+    plan_row(file, 0, "", a->recipe, "bf16", NAN);
+    fprintf(file, "memory of the fullest rank, as allocated\n");
+    for (int i = 0; i < MEMORY_CATEGORIES; i++) { plan_bytes_row(file, 2, memory_names[i], (double)a->memory[i], (double)b->memory[i]); }
+    plan_bytes_row(file, 2, "total", (double)plan_total(a->memory), (double)plan_total(b->memory));
+    plan_bytes_row(file, 2, "total of the emptiest rank", (double)plan_total(a->memory_min), (double)plan_total(b->memory_min));
+    char text[2][32], name[96];
+    for (int i = 0; i < 2; i++) {
+        int64_t n = i == 0 ? a->largest_micro_batch : b->largest_micro_batch;
+        snprintf(text[i], sizeof(text[i]), n > 0 ? "%" PRId64 : "none fits", n);
+    }
+    snprintf(name, sizeof(name), "largest micro-batch in %s", text_bytes(p->memory_limit).s);
+    plan_row(file, 2, name, text[0], text[1], NAN);
+    if (plan_traffic(&a->traffic) + plan_traffic(&b->traffic) > 0.0) {
+        fprintf(file, "sent in a step by the rank that sends most\n");
+        plan_bytes_row(file, 2, "gradients", a->traffic.gradients, b->traffic.gradients);
+        plan_bytes_row(file, 2, "weights", a->traffic.weights, b->traffic.weights);
+        for (int i = 0; i < COMM_OPERATIONS; i++) {
+            plan_bytes_row(file, 4, comm_names[i], (double)a->traffic.operations[i], (double)b->traffic.operations[i]);
+        }
+        plan_bytes_row(file, 2, "tensor parallel", plan_tensor_traffic(&a->traffic), plan_tensor_traffic(&b->traffic));
+        for (int i = 0; i < TP_TRAFFICS; i++) { plan_bytes_row(file, 4, tp_traffic_names[i], a->traffic.tensor[i], b->traffic.tensor[i]); }
+        plan_bytes_row(file, 2, "pipeline", a->traffic.pipeline, b->traffic.pipeline);
+        plan_bytes_row(file, 2, "activations of a micro-batch", a->table7, b->table7);
+    }
+    if (p->gpu == NULL || !isfinite(a->times.step)) { return; }
+    fprintf(file, "time on %s, at best\n", device);
+    plan_time_row(file, 2, "micro-batch forward", a->times.forward, b->times.forward);
+    plan_time_row(file, 2, "micro-batch backward", a->times.backward, b->times.backward);
+    plan_time_row(file, 2, "all micro-batches", a->times.passes, b->times.passes);
+    if (p->pp > 1) {
+        for (int i = 0; i < 2; i++) { snprintf(text[i], sizeof(text[i]), "%.1f %%", 100.0 * (i == 0 ? a : b)->times.bubble); }
+        plan_row(file, 4, "of it waiting in the pipeline", text[0], text[1], NAN);
+    }
+    plan_time_row(file, 2, "gradients and weights not hidden", a->times.exposed, b->times.exposed);
+    plan_time_row(file, 2, "optimizer", a->times.optimizer, b->times.optimizer);
+    plan_time_row(file, 2, "step", a->times.step, b->times.step);
+    for (int i = 0; i < 2; i++) { snprintf(text[i], sizeof(text[i]), "%.0f", 1e-12 * p->flops / p->world / (i == 0 ? a : b)->times.step); }
+    plan_row(file, 2, "TFLOP/s of a GPU", text[0], text[1], b->times.step / a->times.step - 1.0);
+}
