@@ -116,7 +116,7 @@ else
     plot="none (gnuplot is not installed: package gnuplot-nox)"
 fi
 
-# summary DIR: "final-loss validation-loss weights gradients activations all-memory sent tok/s", from its log.jsonl; - for what is not there.
+# summary DIR: "final-loss validation-loss weights gradients optimizer activations all-memory sent tok/s", from its log.jsonl; - for what is not there.
 # Final loss: mean of the last 10 steps. Memory, sent: bytes of the last step. tok/s: mean of the second half, when all is warm.
 summary() {
     awk '
@@ -139,13 +139,13 @@ summary() {
             n++; loss[n] = number("loss"); speed[n] = number("tok_s")
             if (sum_of("mem") != "") {
                 mem = sum_of("mem")
-                weights = number("weights"); gradients = number("gradients"); activations = number("activations")
+                weights = number("weights"); gradients = number("gradients"); optimizer = number("optimizer"); activations = number("activations")
             }
             if (sum_of("comm") != "") { sent = sum_of("comm") }
         }
         function or_none(value) { return value == "" ? "-" : value }
         END {
-            print mean(loss, n > 10 ? n - 9 : 1, n), or_none(val), or_none(weights), or_none(gradients), or_none(activations), or_none(mem), \
+            print mean(loss, n > 10 ? n - 9 : 1, n), or_none(val), or_none(weights), or_none(gradients), or_none(optimizer), or_none(activations), or_none(mem), \
                 or_none(sent), mean(speed, int(n / 2) + 1, n)
         }
     ' "$1/log.jsonl"
@@ -167,10 +167,11 @@ summary() {
         row("validation loss", "%.4f", 2, 1)
         row("a rank\047s memory, MiB: weights", "%.1f", 3, 1048576)
         row("                      gradients", "%.1f", 4, 1048576)
-        row("                      activations", "%.1f", 5, 1048576)
-        row("                      in all", "%.1f", 6, 1048576)
-        row("a rank\047s sent bytes a step, MiB", "%.2f", 7, 1048576)
-        row("tokens a second", "%.0f", 8, 1)
+        row("                      optimizer", "%.1f", 5, 1048576)
+        row("                      activations", "%.1f", 6, 1048576)
+        row("                      in all", "%.1f", 7, 1048576)
+        row("a rank\047s sent bytes a step, MiB", "%.2f", 8, 1048576)
+        row("tokens a second", "%.0f", 9, 1)
     }
 '
 printf '\n  plot: %s\n  runs: demo/bf16 and demo/fp8 (log.jsonl in each)\n' "$plot"
