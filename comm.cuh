@@ -669,11 +669,12 @@ static inline void reduction_count(Reduction* r, Stream compute) {
 // After the decision, and the norm, which has counted each parameter's reduced codes at the maximum: the statistics of the step, and the headroom of the
 // next. `apply`: on the device, 0 where the step was skipped.
 static inline void reduction_adapt(Reduction* r, const double* top_codes, const int* apply, Stream compute) {
+    int reductions = r->reductions;
+    r->reductions = 0;
     if (!sends_fp8(r)) { return; }
     bool ring = r->config.algorithm == REDUCE_RING;
-    run_rows(UpdateMu{r->statistics, r->mu, r->count_sums, reduces_each(r) ? NULL : top_codes, r->elements, apply, r->table->count, r->group->size, r->reductions,
+    run_rows(UpdateMu{r->statistics, r->mu, r->count_sums, reduces_each(r) ? NULL : top_codes, r->elements, apply, r->table->count, r->group->size, reductions,
                       ring, ring && r->config.scaling == SCALING_AUTO}, r->table->count, compute);
-    r->reductions = 0;
 }
 
 // ---- what it costs ----

@@ -152,7 +152,7 @@ DEVICE uint16_t widen(e4m3 x, int k) {
     uint16_t u = x.bits & 0x7f, m = u & 7;
     uint16_t normal = (uint16_t)((u << 4) + (120 << 7));                                // 127 - 7: from one bias to the other
     uint16_t tiny = m >= 4 ? 0x3c00 + ((m - 4) << 5) : m >= 2 ? 0x3b80 + ((m - 2) << 6) : 0x3b00;  // m·2^-9, normalised
-    uint16_t v = (uint16_t)((u < 8 ? tiny : normal) + (k << 7));
+    uint16_t v = (uint16_t)((u < 8 ? tiny : normal) + k * 128);
     v = u == 0 ? 0 : v;
     v = u == 0x7f ? 0x7fff : v;
     return (uint16_t)(v | ((uint16_t)(x.bits & 0x80) << 8));
@@ -161,7 +161,7 @@ DEVICE uint16_t widen(e5m2 x, int k) {
     uint16_t u = x.bits & 0x7f;
     uint16_t normal = (uint16_t)((u << 5) + (112 << 7));
     uint16_t tiny = u >= 2 ? 0x3800 + ((u - 2) << 6) : 0x3780;                          // m·2^-16
-    uint16_t v = (uint16_t)((u < 4 ? tiny : normal) + (k << 7));
+    uint16_t v = (uint16_t)((u < 4 ? tiny : normal) + k * 128);
     v = u == 0 ? 0 : v;
     v = u >= 0x7c ? (u == 0x7c ? 0x7f80 : 0x7fff) : v;
     return (uint16_t)(v | ((uint16_t)(x.bits & 0x80) << 8));

@@ -31,6 +31,7 @@ struct Bucket {        // tensors that travel together, in one format
     int first, count;  // of its tensors in Partition::tensors
     size_t elements;   // with the gaps after tensors; a multiple of the ranks
     size_t* cuts;      // (ranks + 1) rank r keeps the elements [cuts[r], cuts[r + 1])
+    bool matrices;     // as against embeddings or vectors
     bool whole;        // tensors have owners, and parts are not equal
     // on the device
     char* weights;     // (elements) of dtype
@@ -162,7 +163,7 @@ static inline void partition_build(Partition* p, ParamTable* table, int rank, in
         int layer = q->format_class == VECTOR ? ALL_LAYERS : q->layer, k = 0;
         for (; k < p->bucket_count; k++) {
             const Bucket* b = &p->buckets[k];
-            if (b->layer == layer && b->dtype == q->dtype && b->accum == q->accum && b->wire == q->wire && b->whole == (q->owner >= 0)) { break; }
+            if (b->layer == layer && b->dtype == q->dtype && b->accum == q->accum && b->wire == q->wire && b->matrices == (q->format_class == MATRIX)) { break; }
         }
         if (k == p->bucket_count) {
             Bucket b = {};
@@ -170,6 +171,7 @@ static inline void partition_build(Partition* p, ParamTable* table, int rank, in
             b.dtype = q->dtype;
             b.accum = q->accum;
             b.wire = q->wire;
+            b.matrices = q->format_class == MATRIX;
             b.whole = q->owner >= 0;
             p->buckets[p->bucket_count++] = b;
         }

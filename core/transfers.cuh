@@ -127,7 +127,7 @@ static inline bool mpi_transfer_done(Transfer* t) {
 template <class Start>
 static inline void over_mpi(Transfer* t, void* sent, size_t bytes, void* received, size_t at, size_t result, Stream stream, Start start) {
     if (t->group->transport == OVER_MPI) { start((char*)sent, (char*)received); return; }
-    if (bytes > t->largest) { die("an array of %zu bytes is staged through %zu", bytes, t->largest); }
+    if (max_of(bytes, result) > t->largest) { die("an array of %zu bytes is staged through %zu", max_of(bytes, result), t->largest); }
     char *second = t->staging + t->largest, *from = received != NULL ? second : t->staging, *to = (char*)(received != NULL ? received : sent);
     copy_to_host(t->staging, sent, bytes, stream);
     start(t->staging, second);

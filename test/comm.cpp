@@ -1,5 +1,5 @@
-// comm.cpp: the reduction of gradients against a scalar model, bit for bit, on 1 to 8 ranks; headroom, overlap, bytes; ranks that were started with
-// different flags, and each rank's share of the cores.
+// comm.cpp: the reduction of gradients against a scalar model, bit for bit, on 1 to 8 ranks, with and without ZeRO; headroom, overlap, bytes; the return of
+// weights; ranks that were started with different flags, and each rank's share of the cores.
 //
 // Every rank can say what any rank's gradients are, so each computes the result by itself: from tables of the formats' values and searches in them, in
 // the order of operations that comm.cuh and gradient.cuh promise, and with none of their functions.
@@ -126,35 +126,72 @@ struct Inputs {                       // of one tensor
 
 struct Expected {
     std::vector<uint32_t> codes;
+    std::vector<float> sums;          // direct: what was rounded to the codes
     float descale, scale;             // its slot
     double underflow, sent_tops, tops;  // numbers of codes, over all ranks
 };
 
 // Where a tensor lies in what is cut into parts
-struct Place { size_t first, part; };
+struct Place {
+    size_t first, part;
+    int owner;              // who has all of it; -1: it is cut
+    size_t elements, mine;  // owned tensors: of the bucket, and of this rank's part
+};
 
-static std::vector<Place> places_of(const ParamTable* table, int ranks) {
+static size_t padded(const Param* p) { return ((size_t)(p->rows * p->cols) + 127) / 128 * 128; }
+
+static bool travel_together(const Param* p, const Param* q) {
+    bool vectors = p->format_class == VECTOR && q->format_class == VECTOR, neither = p->format_class != VECTOR && q->format_class != VECTOR;
+    return (vectors || (neither && p->layer == q->layer)) && p->accum == q->accum && p->wire == q->wire;
+}
+
+// Owners by the paper: the longest tensor that is left goes to the rank that has least
+static std::vector<int> owners_by_size(const ParamTable* table, int ranks) {
+    std::vector<int> owners((size_t)table->count, -1);
+    std::vector<size_t> loads((size_t)ranks);
+    for (;;) {
+        int longest = -1;
+        for (int i = 0; i < table->count; i++) {
+            const Param* p = &table->items[i];
+            if (p->format_class != MATRIX || owners[(size_t)i] >= 0) { continue; }
+            if (longest < 0 || param_elements(p) > param_elements(&table->items[longest])) { longest = i; }
+        }
+        if (longest < 0) { return owners; }
+        size_t least = (size_t)(std::min_element(loads.begin(), loads.end()) - loads.begin());
+        owners[(size_t)longest] = (int)least;
+        loads[least] += param_elements(&table->items[longest]);
+    }
+}
+
+static std::vector<Place> places_of(const ParamTable* table, int rank, int ranks, ZeroConfig zero) {
     std::vector<Place> places((size_t)table->count);
+    std::vector<int> owners((size_t)table->count, -1);
+    if (zero.level > 0 && zero.split == SPLIT_TENSOR) { owners = owners_by_size(table, ranks); }
     for (int i = 0; i < table->count; i++) {
         size_t total = 0;
+        Place* place = &places[(size_t)i];
+        *place = Place{0, 0, owners[(size_t)i], 0, 0};
         for (int k = 0; k < table->count; k++) {  // all that travel with tensor i
             const Param *p = &table->items[i], *q = &table->items[k];
-            bool vectors = p->format_class == VECTOR && q->format_class == VECTOR, neither = p->format_class != VECTOR && q->format_class != VECTOR;
-            if (!(vectors || (neither && p->layer == q->layer)) || p->accum != q->accum || p->wire != q->wire) { continue; }
-            if (k == i) { places[(size_t)i].first = total; }
-            total += ((size_t)(q->rows * q->cols) + 127) / 128 * 128;
+            if (!travel_together(p, q)) { continue; }
+            int mine = owners[(size_t)i], other = owners[(size_t)k];
+            place->first += other < mine || (other == mine && k < i) ? padded(q) : 0;  // by owner, then as in the table
+            place->mine += mine >= 0 && other == rank ? padded(q) : 0;
+            total += padded(q);
         }
-        size_t multiple = 128 * (size_t)ranks;
-        places[(size_t)i].part = (total + multiple - 1) / multiple * multiple / (size_t)ranks;
+        size_t multiple = (zero.level > 0 ? 4096 : 128) * (size_t)ranks;
+        place->elements = (total + multiple - 1) / multiple * multiple;
+        place->part = place->elements / (size_t)ranks;
     }
     return places;
 }
 
-static Expected model(const Param* p, const Inputs& in, Place place, int ranks, GradReduce algorithm, float mu) {
+// `before`: direct: what comes first in the chain of additions; empty: nothing
+static Expected model(const Param* p, const Inputs& in, Place place, int ranks, GradReduce algorithm, float mu, const std::vector<float>& before) {
     const size_t n = in.codes[0].size();
     const DType wire = p->wire;
     const bool fp8 = is_fp8(wire);
-    Expected out = {std::vector<uint32_t>(n), 1.0f, 1.0f, 0.0, 0.0, 0.0};
+    Expected out = {std::vector<uint32_t>(n), {}, 1.0f, 1.0f, 0.0, 0.0, 0.0};
     static std::vector<float> values[8];
     static std::vector<uint32_t> sent[8];
     float own[8], least = INFINITY;
@@ -191,7 +228,7 @@ static Expected model(const Param* p, const Inputs& in, Place place, int ranks, 
     if (algorithm == REDUCE_RING) {
         if (fp8) { set_slot_of(finite ? shared : 0.0f); }
         for (size_t i = 0; i < n; i++) {
-            int owner = (int)((place.first + i) / place.part);
+            int owner = place.owner >= 0 ? place.owner : (int)((place.first + i) / place.part);
             uint32_t sum = sent[(owner + 1) % ranks][i];
             for (int k = 2; k <= ranks; k++) { sum = hop(wire, sum, sent[(owner + k) % ranks][i]); }
             out.codes[i] = sum;
@@ -203,7 +240,7 @@ static Expected model(const Param* p, const Inputs& in, Place place, int ranks, 
             float sum = 0.0f;
             for (int r = 0; r < ranks; r++) {
                 float x = decoded(wire, sent[r][i]) * (!fp8 ? 1.0f : own[r] == 0.0f ? NAN : 1.0f / own[r]);
-                sum = r == 0 ? x : sum + x;
+                sum = r > 0 ? sum + x : before.empty() ? x : before[i] + x;
             }
             sums.push_back(sum);
             if (!(fabsf(sum) <= amax)) { amax = isnan(amax) ? amax : fabsf(sum); }
@@ -213,6 +250,7 @@ static Expected model(const Param* p, const Inputs& in, Place place, int ranks, 
             set_slot_of(scale == FLT_MAX ? 1.0f : scale);
         }
         for (size_t i = 0; i < n; i++) { out.codes[i] = encoded(wire, sums[i] * out.scale); }
+        out.sums = sums;
     }
     for (uint32_t c : out.codes) { out.tops += at_maximum(wire, c); }
     return out;
@@ -265,12 +303,17 @@ struct Trial {
     float* loss = NULL;
     std::vector<Place> places;
     std::vector<float> mu;         // the model's
-    std::vector<Expected> expected;
+    int micro_batches = 1;         // reductions of a step, ZeRO 2
+    std::vector<Expected> expected;  // counts are of the whole step
+    std::vector<std::vector<float>> expected_fp32;  // of what is kept in FP32
     StepRecord record = {};
 
     Trial(Group* group, ParamTable* params, ReductionConfig c) : g(group), table(params), config(c) {
         reduction_plan(&r, g, table, config);
+        optimizer.group = g;
+        optimizer.partitioned = level() > 0;
         for (int run = 0; run < 2; run++) {
+            partition_allocate_weights(&r.partition, &memory);
             reduction_allocate(&r, &memory);
             optimizer_allocate(&optimizer, table, false, &memory);
             loss = memory_take<float>(&memory, WORKSPACE, 1);
@@ -283,7 +326,7 @@ struct Trial {
         reduction_start_up(&r);
         optimizer_reset(&optimizer, table, NULL);
         onto_device(loss, std::vector<float>(1, 1.0f));
-        places = places_of(table, g->size);
+        places = places_of(table, g->rank, g->size, r.partition.zero);
         float ranks = (float)g->size;
         float first = config.scaling == SCALING_PRE ? 1.0f / ranks : config.scaling == SCALING_POST ? 1.0f : 1.0f / sqrtf(ranks);
         mu.assign((size_t)table->count, config.algorithm == REDUCE_RING ? first : 1.0f);
@@ -293,6 +336,9 @@ struct Trial {
         reduction_free(&r);
         memory_release(&memory);
     }
+
+    int level() const { return g->size > 1 ? config.zero.level : 0; }
+    bool in_fp32() const { return level() == 2 || (level() == 1 && config.algorithm == REDUCE_DIRECT); }
 
     // Every tensor is in one bucket, with its own kind, where the model expects it
     void check_plan() const {
@@ -308,12 +354,13 @@ struct Trial {
                 const Param* p = &table->items[t->param];
                 seen[(size_t)t->param]++;
                 CHECK(t->first % 128 == 0 && t->first >= end && t->first == places[(size_t)t->param].first, "%s", p->name);
-                CHECK(b->elements == places[(size_t)t->param].part * (size_t)g->size, "%s", p->name);
+                CHECK(b->elements == places[(size_t)t->param].elements, "%s", p->name);
+                CHECK(p->owner == places[(size_t)t->param].owner, "%s", p->name);
                 CHECK(p->accum == b->accum && p->wire == b->wire, "%s", p->name);
                 CHECK(b->layer == (p->format_class == VECTOR ? ALL_LAYERS : p->layer), "%s", p->name);
-                CHECK(p->grad_dtype == (g->size > 1 ? p->wire : p->accum), "%s", p->name);
+                CHECK(p->grad_dtype == (in_fp32() ? FP32 : g->size > 1 ? p->wire : p->accum), "%s", p->name);
                 CHECK((char*)p->accumulator == b->memory + t->first * (size_t)dtype_bytes(p->accum), "%s", p->name);
-                CHECK((char*)p->grad == b->memory + t->first * (size_t)dtype_bytes(p->grad_dtype), "%s", p->name);
+                if (level() == 0) { CHECK((char*)p->grad == b->memory + t->first * (size_t)dtype_bytes(p->grad_dtype), "%s", p->name); }
                 end = t->first + param_elements(p);
             }
             CHECK(end <= b->elements, "bucket %d", k);
@@ -349,21 +396,34 @@ struct Trial {
         if (p->accum == E4M3) { onto_device(p->accum_slot, std::vector<float>{descale, 1.0f / descale, 1.0f, 0.0f}); }
     }
 
+    // What this rank keeps: its elements [begin, end) by the model
+    void own_stretch(int t, size_t* begin, size_t* end) const {
+        const Place& place = places[(size_t)t];
+        size_t n = param_elements(&table->items[t]), rank = (size_t)g->rank;
+        auto within = [=](size_t cut) { return std::min(n, cut > place.first ? cut - place.first : 0); };
+        *begin = level() == 0 ? 0 : place.owner >= 0 ? 0 : within(rank * place.part);
+        *end = level() == 0 ? n : place.owner >= 0 ? (place.owner == g->rank ? n : 0) : within((rank + 1) * place.part);
+    }
+
     void check_gradient(int t) const {
         const Param* p = &table->items[t];
         const Expected& e = expected[(size_t)t];
-        size_t bytes = (size_t)dtype_bytes(p->wire);
+        size_t bytes = (size_t)dtype_bytes(p->grad_dtype), begin, end;
+        own_stretch(t, &begin, &end);
+        CHECK(p->own_count == end - begin && (p->own_count == 0 || p->own_first == begin), "%s: [%zu + %zu], not [%zu, %zu)", p->name, p->own_first, p->own_count,
+            begin, end);
         if (param_elements(p) > MODELLED) { return; }
-        std::vector<unsigned char> got = from_device((const unsigned char*)p->grad, e.codes.size() * bytes);
-        for (size_t i = 0; i < e.codes.size(); i++) {
-            uint32_t code = 0;
-            memcpy(&code, &got[i * bytes], bytes);
-            bool same = code == e.codes[i] || (p->wire == FP32 && same_float(decoded(FP32, code), decoded(FP32, e.codes[i])));
-            CHECK(same, "%s, step %d, %s, element %zu: %x, not %x", name, steps_done, p->name, i, code, e.codes[i]);
+        std::vector<unsigned char> got = from_device((const unsigned char*)p->grad, (end - begin) * bytes);
+        for (size_t i = begin; i < end; i++) {
+            uint32_t code = 0, want = in_fp32() ? encoded(FP32, (double)expected_fp32[(size_t)t][i]) : e.codes[i];
+            memcpy(&code, &got[(i - begin) * bytes], bytes);
+            bool same = code == want || (p->grad_dtype == FP32 && same_float(decoded(FP32, code), decoded(FP32, want)));
+            CHECK(same, "%s, step %d, %s, element %zu: %x, not %x", name, steps_done, p->name, i, code, want);
         }
         std::vector<float> slot = from_device(p->grad_slot, 4);
-        CHECK(same_float(slot[0], e.descale) && same_float(slot[1], e.scale), "%s, step %d, %s: {%a %a}, not {%a %a}", name, steps_done, p->name,
-            (double)slot[0], (double)slot[1], (double)e.descale, (double)e.scale);
+        float descale = in_fp32() ? 1.0f : e.descale, scale = in_fp32() ? 1.0f : e.scale;
+        CHECK(same_float(slot[0], descale) && same_float(slot[1], scale), "%s, step %d, %s: {%a %a}, not {%a %a}", name, steps_done, p->name,
+            (double)slot[0], (double)slot[1], (double)descale, (double)scale);
     }
 
     void start_layer(int layer) {
@@ -379,34 +439,55 @@ struct Trial {
         for (uint64_t polls = mix64((uint64_t)(steps_done * 8 + g->rank)) % 4; polls > 0; polls--) { reduction_poll(&r); }
     }
 
-    void step() {
-        const int ranks = g->size, n = table->count, at = steps_done;
-        std::vector<Inputs> in((size_t)n);
-        expected.clear();
-        int first_layer = 0, last_layer = 0;
-        bool fp8 = false;
-        for (int t = 0; t < n; t++) {
+    // What one reduction makes of the inputs with number `at`, on top of those of the step before it
+    void expect(int at, bool first, std::vector<Inputs>* in) {
+        const int ranks = g->size;
+        for (int t = 0; t < table->count; t++) {
             const Param* p = &table->items[t];
-            Inputs& x = in[(size_t)t];
+            Inputs& x = (*in)[(size_t)t];
             bool modelled = param_elements(p) <= MODELLED;
             for (int rank = 0; rank < ranks; rank++) {
                 if (modelled || rank == g->rank) { x.codes[rank] = accumulated(at, t, rank, &x.descale[rank]); }
             }
-            expected.push_back(modelled ? model(p, x, places[(size_t)t], ranks, config.algorithm, mu[(size_t)t]) : Expected{});
-            first_layer = std::min(first_layer, p->layer);
-            last_layer = std::max(last_layer, p->layer);
-            fp8 = fp8 || is_fp8(p->wire);
+            if (!modelled) { continue; }
+            std::vector<float>& total = expected_fp32[(size_t)t];
+            bool on_top = !first && config.algorithm == REDUCE_DIRECT && places[(size_t)t].owner < 0;  // the running sum comes first; else it is added to
+            Expected e = model(p, x, places[(size_t)t], ranks, config.algorithm, mu[(size_t)t], on_top ? total : std::vector<float>());
+            if (config.algorithm == REDUCE_RING) {
+                for (uint32_t c : e.codes) { e.sums.push_back(is_fp8(p->wire) ? decoded(p->wire, c) * e.descale : decoded(p->wire, c)); }
+            }
+            for (size_t i = 0; !first && !on_top && i < total.size(); i++) { e.sums[i] = total[i] + e.sums[i]; }
+            total = e.sums;
+            Expected& all = expected[(size_t)t];
+            if (!first) {
+                e.underflow += all.underflow;
+                e.sent_tops += all.sent_tops;
+                e.tops += all.tops;
+                e.scale = isnan(all.scale) ? NAN : e.scale;
+            }
+            all = e;
         }
-        uint64_t sent[COMM_OPERATIONS];
-        memcpy(sent, g->bytes_sent, sizeof(sent));
+    }
+
+    void micro_batch(int at, bool first) {
+        const int n = table->count;
+        std::vector<Inputs> in((size_t)n);
+        int first_layer = 0, last_layer = 0;
+        expect(at, first, &in);
+        for (int t = 0; t < n; t++) {
+            first_layer = std::min(first_layer, table->items[t].layer);
+            last_layer = std::max(last_layer, table->items[t].layer);
+        }
+        reduction_begin(&r, first, NULL);
         // as a backward pass does: from the last layer to the first, then the vectors
         for (int layer = last_layer; layer >= first_layer; layer--) {
+            reduction_clear_way(&r, layer, NULL);
             for (int t = 0; t < n; t++) {
                 const Inputs& x = in[(size_t)t];
                 bool here = table->items[t].format_class != VECTOR && table->items[t].layer == layer;
                 if (here) { write_accumulator(t, x.codes[g->rank], x.descale[g->rank]); }
             }
-            if (at % 3 == 1 && layer % 2 == 0 && !patient) { continue; }  // left to reduction_finish
+            if (at % 3 == 1 && layer % 2 == 0 && !patient && level() < 2) { continue; }  // left to reduction_finish
             start_layer(layer);
             if (!patient) { continue; }
             double limit = wall_seconds() + 20.0;
@@ -425,6 +506,18 @@ struct Trial {
         CHECK(r.queued == 0 && r.next == 0 && r.phase == 0);
         for (int k = 0; k < r.partition.bucket_count; k++) { CHECK(!r.partition.buckets[k].started, "bucket %d", k); }
         for (uint32_t amax : from_device(r.amax, (size_t)n)) { CHECK(amax == 0); }
+    }
+
+    void step() {
+        const int ranks = g->size, n = table->count, at = steps_done;
+        bool fp8 = false;
+        for (int t = 0; t < n; t++) { fp8 = fp8 || is_fp8(table->items[t].wire); }
+        expected.assign((size_t)n, Expected{});
+        expected_fp32.assign((size_t)n, std::vector<float>());
+        reduction_begin(&r, true, NULL);  // weights are on their way no more: what follows sends gradients alone
+        uint64_t sent[COMM_OPERATIONS];
+        memcpy(sent, g->bytes_sent, sizeof(sent));
+        for (int k = 0; k < micro_batches; k++) { micro_batch(at * micro_batches + k, k == 0); }
         check_bytes(sent);
         for (int t = 0; t < n; t++) { check_gradient(t); }
         uint64_t sums_before = g->bytes_sent[ALL_REDUCE_SUM];
@@ -432,7 +525,7 @@ struct Trial {
         optimizer_decide(&optimizer, table, r.slots, loss, DecisionRules{0.9, 0.95, 0.0f, 0.0f, 0.0f}, NULL);
         reduction_adapt(&r, optimizer.tops, &optimizer.state->apply, NULL);
         stream_sync(NULL);
-        if (g->transport != OVER_NCCL) { CHECK((g->bytes_sent[ALL_REDUCE_SUM] > sums_before) == fp8); }
+        if (g->transport != OVER_NCCL) { CHECK((g->bytes_sent[ALL_REDUCE_SUM] > sums_before) == (fp8 || level() > 0)); }
         record = from_device(&optimizer.state->record, 1)[0];
         std::vector<double> tops = from_device(optimizer.tops, (size_t)n);
         std::vector<float> mus = from_device(r.mu, (size_t)n);
@@ -442,10 +535,10 @@ struct Trial {
             const Param* p = &table->items[t];
             const Expected& e = expected[(size_t)t];
             float& m = mu[(size_t)t];
-            double elements = (double)param_elements(p), all = elements * ranks;
+            double elements = (double)param_elements(p) * micro_batches, all = elements * ranks;
             if (param_elements(p) > MODELLED) { m = mus[(size_t)t]; continue; }
             broken = broken || isnan(e.scale);
-            CHECK(tops[(size_t)t] == e.tops, "%s, step %d, %s: %g at the maximum, not %g", name, at, p->name, tops[(size_t)t], e.tops);
+            CHECK(tops[(size_t)t] == (in_fp32() ? 0.0 : e.tops), "%s, step %d, %s: %g at the maximum, not %g", name, at, p->name, tops[(size_t)t], e.tops);
             if (!is_fp8(p->wire)) { continue; }
             if (config.algorithm == REDUCE_RING && config.scaling == SCALING_AUTO && record.skipped == NOT_SKIPPED) {
                 m = e.tops > std::max(1.0, 1e-5 * elements) ? m * 0.5f : (float)((double)m * 1.0006933874625806);
@@ -459,16 +552,33 @@ struct Trial {
                 e.underflow / all, (double)saturated, (double)m);
         }
         CHECK(!broken || record.skipped == SKIP_NON_FINITE_NORM, "%s, step %d: %d", name, at, record.skipped);
+        check_norm();
         if (fp8) { check_same_everywhere(mus, statistics); }
         else { check_same_everywhere({}, {}); }
         steps_done++;
+    }
+
+    // The norm is that of all ranks' parts together
+    void check_norm() const {
+        double squares = 0.0;
+        for (int t = 0; t < table->count; t++) {
+            const Param* p = &table->items[t];
+            const Expected& e = expected[(size_t)t];
+            if (param_elements(p) > MODELLED) { return; }
+            for (size_t i = 0; i < param_elements(p); i++) {
+                double x = in_fp32() ? (double)expected_fp32[(size_t)t][i] : (double)decoded(p->wire, e.codes[i]) * (double)(is_fp8(p->wire) ? e.descale : 1.0f);
+                squares += x * x;
+            }
+        }
+        if (record.skipped != NOT_SKIPPED || squares > 1e30 || squares < 1e-30) { return; }  // beyond what pieces in FP32 hold
+        CHECK(fabs(record.grad_norm - sqrt(squares)) <= 1e-5 * sqrt(squares), "%s, step %d: norm %.9g, not %.9g", name, steps_done, record.grad_norm, sqrt(squares));
     }
 
     void check_same_everywhere(const std::vector<float>& mus, const std::vector<TensorStatistics>& statistics) const {
         uint64_t h = 1469598103934665603ull, all[8];
         for (int t = 0; t < table->count; t++) {
             const Param* p = &table->items[t];
-            size_t bytes = param_elements(p) * (size_t)dtype_bytes(p->wire);
+            size_t bytes = (level() > 0 ? 0 : param_elements(p)) * (size_t)dtype_bytes(p->wire);
             h = hash_of(h, from_device((const unsigned char*)p->grad, bytes).data(), bytes);
         }
         std::vector<float> slots = from_device(r.slots, 4 * (size_t)table->count);
@@ -480,17 +590,39 @@ struct Trial {
         for (int k = 0; k < g->size; k++) { CHECK(all[k] == h, "%s, step %d: rank %d holds other bytes", name, steps_done, k); }
     }
 
+    // Of this rank's chunk of a bucket, what belongs to others: padding goes with the tensor before it
+    uint64_t elements_of_others(const Bucket* b, size_t chunk) const {
+        uint64_t n = 0;
+        for (int i = 0; i < b->count; i++) {
+            int t = r.partition.tensors[b->first + i].param;
+            const Place& place = places[(size_t)t];
+            size_t from = std::max(place.first, chunk * (size_t)g->rank), to = std::min(place.first + padded(&table->items[t]), chunk * (size_t)(g->rank + 1));
+            n += place.owner != g->rank && to > from ? to - from : 0;
+        }
+        return n;
+    }
+
     // What this step has sent
     void check_bytes(const uint64_t* before) const {
         uint64_t want[COMM_OPERATIONS] = {}, peers = (uint64_t)g->size - 1, scales = 0;
         for (int k = 0; k < r.partition.bucket_count; k++) {
             const Bucket* b = &r.partition.buckets[k];
-            uint64_t part = places[(size_t)r.partition.tensors[b->first].param].part * (uint64_t)dtype_bytes(b->wire);
-            bool vectors = table->items[r.partition.tensors[b->first].param].format_class == VECTOR;
-            want[vectors ? VECTORS : config.algorithm == REDUCE_RING ? REDUCE_SCATTER : ALL_TO_ALL] += peers * part;
-            want[vectors ? VECTORS : ALL_GATHER] += peers * part;
+            const Place& place = places[(size_t)r.partition.tensors[b->first].param];
+            uint64_t part = place.part * (uint64_t)dtype_bytes(b->wire);
+            bool vectors = table->items[r.partition.tensors[b->first].param].format_class == VECTOR, ring = config.algorithm == REDUCE_RING;
+            if (place.owner >= 0 && ring) {  // all parts but the own one
+                uint64_t padded_all = 0;
+                for (int i = 0; i < b->count; i++) { padded_all += padded(&table->items[r.partition.tensors[b->first + i].param]); }
+                want[REDUCE_SCATTER] += (padded_all - place.mine) * (uint64_t)dtype_bytes(b->wire);
+            } else {
+                want[vectors ? VECTORS : ring ? REDUCE_SCATTER : ALL_TO_ALL] += peers * part;
+            }
+            if (place.owner >= 0 && !ring) { want[REGROUP] += 4 * elements_of_others(b, place.part); }
+            if (level() == 0) { want[vectors ? VECTORS : ALL_GATHER] += peers * part; }
             if (is_fp8(b->wire)) { scales += (8 + (config.algorithm == REDUCE_DIRECT ? 4 * peers : 0)) * (((uint64_t)b->count + 15) / 16 * 16); }
         }
+        for (uint64_t& w : want) { w *= (uint64_t)micro_batches; }
+        scales *= (uint64_t)micro_batches;
         for (int op = 0; op < COMM_OPERATIONS; op++) {
             uint64_t sent = g->bytes_sent[op] - before[op];
             if (op == SCALES) { CHECK(sent <= scales && (sent > 0) == (scales > 0), "%" PRIu64 " bytes of scales, at most %" PRIu64, sent, scales); }
@@ -499,10 +631,67 @@ struct Trial {
     }
 };
 
+// ---- weights ----
+
+// Every rank writes what it keeps, and nothing else; when a layer's weights have been waited for they are those of the owners.
+static void check_weights(Trial* trial, int round) {
+    Reduction* r = &trial->r;
+    Group* g = r->group;
+    const Partition* p = &r->partition;
+    auto byte = [=](int bucket, int rank, size_t i) { return (unsigned char)(mix64((uint64_t)i << 16 ^ (uint64_t)(bucket * 8 + rank)) + (uint64_t)round); };
+    auto owner_of = [=](const Bucket* b, size_t element) {
+        int owner = 0;
+        while (owner < g->size && element >= b->cuts[owner + 1]) { owner++; }
+        return owner;
+    };
+    uint64_t bytes = 0, before = g->bytes_sent[WEIGHTS_GATHER];
+    for (int k = 0; k < p->bucket_count; k++) {
+        const Bucket* b = &p->buckets[k];
+        size_t each = (size_t)dtype_bytes(b->dtype), begin = part_begin(p, b) * each, n = part_elements(p, b) * each;
+        std::vector<unsigned char> all(b->elements * each, 0xa5);
+        for (size_t i = begin; i < begin + n; i++) { all[i] = byte(k, g->rank, i); }
+        onto_device((unsigned char*)b->weights, all);
+        bytes += n * (uint64_t)(g->size - 1);
+    }
+    weights_start(r, NULL);
+    CHECK(r->queued == (r->partition.zero.level > 0 ? p->bucket_count : 0), "%d", r->queued);
+    for (int i = 1; i < r->queued; i++) {  // in the order of the forward pass: embeddings, vectors, layer by layer
+        auto turn = [=](int k) { int layer = p->buckets[r->queue[k]].layer; return layer == ALL_LAYERS ? 0 : layer < 0 ? layer : layer + 1; };
+        CHECK(turn(i - 1) <= turn(i), "%s: layer %d before layer %d", trial->name, turn(i - 1), turn(i));
+    }
+    auto check_layer = [=](int layer) {
+        for (int k = 0; k < p->bucket_count; k++) {
+            const Bucket* b = &p->buckets[k];
+            if (b->layer != layer) { continue; }
+            size_t each = (size_t)dtype_bytes(b->dtype);
+            std::vector<unsigned char> all = from_device((unsigned char*)b->weights, b->elements * each);
+            for (size_t i = 0; i < all.size(); i++) {
+                int owner = owner_of(b, i / each);
+                unsigned char want = owner < g->size ? byte(k, owner, i) : 0xa5;
+                CHECK(all[i] == want, "%s: weights of bucket %d, byte %zu: %x, not %x", trial->name, k, i, all[i], want);
+            }
+        }
+    };
+    // as a forward pass does; or only some of the layers are, or none
+    for (int layer : {-1, (int)ALL_LAYERS, 0, 1, 2, 3}) {
+        if (round % 3 == 1 || (round % 3 == 2 && layer > 1)) { continue; }
+        for (uint64_t polls = mix64((uint64_t)(round * 8 + g->rank)) % 3; polls > 0; polls--) { reduction_poll(r); }
+        weights_wait(r, layer, NULL);
+        stream_sync(NULL);
+        check_layer(layer);
+    }
+    reduction_begin(r, true, NULL);
+    stream_sync(NULL);
+    CHECK(!r->returning && r->queued == 0 && r->next == 0);
+    for (int layer : {-1, (int)ALL_LAYERS, 0, 1, 2, 3}) { check_layer(layer); }
+    CHECK(g->bytes_sent[WEIGHTS_GATHER] - before == bytes, "%" PRIu64 " bytes of weights, not %" PRIu64, g->bytes_sent[WEIGHTS_GATHER] - before, bytes);
+}
+
 // ---- tables ----
 
 static void add_tensor(ParamTable* table, const char* name, int layer, int64_t n, FormatClass format_class, DType accum, DType wire) {
     Param* p = param_add(table, name, layer, 1, n, format_class, FP32);
+    p->dtype = format_class == MATRIX ? E4M3 : BF16;
     p->accum = format_class == VECTOR ? FP32 : accum;
     p->wire = format_class == VECTOR ? FP32 : wire;
 }
@@ -561,6 +750,57 @@ static void check_modes(Group* g, int steps) {
         }
         free(table);
     });
+}
+
+// ZeRO 1 and 2, whole matrices and flat, the latter with one reduction a step and with three
+static void check_zero(Group* g, int steps) {
+    each_mode([=](DType accum, DType wire, ReductionConfig config) {
+        if (config.scaling != SCALING_AUTO) { return; }
+        const struct { ZeroConfig zero; int micro_batches; } cases[] = {
+            {{1, SPLIT_FLAT}, 1}, {{1, SPLIT_TENSOR}, 1}, {{2, SPLIT_FLAT}, 1}, {{2, SPLIT_TENSOR}, 1}, {{2, SPLIT_FLAT}, 3}, {{2, SPLIT_TENSOR}, 3}};
+        for (auto& c : cases) {
+            char name[128];
+            snprintf(name, sizeof(name), "%s, %s, %s, ZeRO %d %s, %d micro-batches", dtype_names[accum], dtype_names[wire],
+                config.algorithm == REDUCE_RING ? "ring" : "direct", c.zero.level, c.zero.split == SPLIT_FLAT ? "flat" : "by tensor", c.micro_batches);
+            ParamTable* table = awkward_table(accum, wire);
+            config.zero = c.zero;
+            {
+                Trial trial(g, table, config);
+                trial.name = name;
+                trial.micro_batches = c.micro_batches;
+                for (int i = 0; i < steps; i++) {
+                    trial.step();
+                    check_weights(&trial, i);
+                }
+                trial.input_of = clean_input;
+                trial.step();
+                CHECK(trial.record.skipped == NOT_SKIPPED, "%s: %d", name, trial.record.skipped);
+                weights_start(&trial.r, NULL);  // and are under way when all ends
+            }
+            free(table);
+        }
+    });
+}
+
+// One matrix, so that one rank has all and the others nothing: its sums in FP32 are longer than all that travels otherwise
+static void check_one_matrix(Group* g) {
+    for (int level : {1, 2}) {
+        for (GradReduce algorithm : {REDUCE_RING, REDUCE_DIRECT}) {
+            ParamTable* table = (ParamTable*)host_alloc(sizeof(ParamTable));
+            table->count = 0;
+            table->elements = 0;
+            add_tensor(table, "matrix", 0, 60001, MATRIX, BF16, E4M3);
+            add_tensor(table, "vector", 0, 65, VECTOR, FP32, FP32);
+            {
+                Trial trial(g, table, ReductionConfig{SCALING_AUTO, algorithm, ZeroConfig{level, SPLIT_TENSOR}});
+                trial.name = "one matrix";
+                trial.micro_batches = level;
+                trial.step();
+                check_weights(&trial, 0);
+            }
+            free(table);
+        }
+    }
 }
 
 // Alone: the gradients are the accumulators, and nothing is sent
@@ -674,20 +914,22 @@ static void check_growth(Group* g) {
 
 // Buckets are done before reduction_finish, by polls alone, and a rank that waits for another goes on with its own work
 static void check_overlap(Group* g) {
-    for (GradReduce algorithm : {REDUCE_RING, REDUCE_DIRECT}) {
+    for (int i = 0; i < 6; i++) {
+        GradReduce algorithm = i % 2 == 0 ? REDUCE_RING : REDUCE_DIRECT;
+        ZeroConfig zero = i < 2 ? NOTHING_PARTITIONED : i < 4 ? ZeroConfig{1, SPLIT_TENSOR} : ZeroConfig{2, SPLIT_FLAT};
         ParamTable* table = awkward_table(FP32, E4M3);
         {
-            Trial trial(g, table, ReductionConfig{SCALING_AUTO, algorithm, NOTHING_PARTITIONED});
+            Trial trial(g, table, ReductionConfig{SCALING_AUTO, algorithm, zero});
             trial.name = "overlap";
             trial.patient = true;
-            for (int i = 0; i < 3; i++) { trial.step(); }
+            for (int k = 0; k < 3; k++) { trial.step(); }
 #ifdef USE_MPI
             if (g->transport == OVER_MPI) {
                 Reduction* r = &trial.r;
                 alarm(60);
                 if (g->rank == 1) { MPI_CHECK(MPI_Barrier(MPI_COMM_WORLD)); }  // starts when rank 0 has gone on
                 reduction_start(r, 2, NULL);
-                for (int i = 0; i < 20; i++) { reduction_poll(r); }
+                for (int k = 0; k < 20; k++) { reduction_poll(r); }
                 if (g->rank == 0) {
                     CHECK(r->queued == 1 && r->next == 0, "%d of %d", r->next, r->queued);
                     MPI_CHECK(MPI_Barrier(MPI_COMM_WORLD));
@@ -733,6 +975,14 @@ static int run_rank(const char* mode, const char* argument, int argc, char** arg
         stage(&group);
         check_modes(&group, atoi(argument));
         unstage(&group);
+    } else if (strcmp(mode, "zero") == 0) {
+        check_zero(&group, atoi(argument));
+        check_one_matrix(&group);
+    } else if (strcmp(mode, "staged zero") == 0) {
+        stage(&group);
+        check_zero(&group, atoi(argument));
+        check_one_matrix(&group);
+        unstage(&group);
     } else if (strcmp(mode, "headroom") == 0) {
         check_headroom(&group);
     } else if (strcmp(mode, "growth") == 0) {
@@ -776,6 +1026,13 @@ static void reduced_gradients_are_those_of_the_model_bit_for_bit(void**) {
 }
 
 static void staged_gradients_are_the_same(void**) { expect_all(3, "staged", "2"); }
+
+static void with_zero_every_rank_has_its_part_and_gets_all_weights(void**) {
+    const struct { int ranks; const char* steps; } cases[] = {{2, "2"}, {3, "2"}, {4, "1"}, {8, "0"}};
+    for (auto& c : cases) { expect_all(c.ranks, "zero", getenv("SOAK") != NULL ? "5" : c.steps); }
+}
+
+static void staged_parts_are_the_same(void**) { expect_all(3, "staged zero", "1"); }
 
 static void headroom_halves_where_sums_overflow_and_outlives_an_inf(void**) { expect_all(8, "headroom", "0"); }
 
@@ -871,7 +1128,8 @@ int main(int argc, char** argv) {
     if (argc == 3) { return run_rank(argv[1], argv[2], argc, argv); }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(one_rank_reduces_nothing), cmocka_unit_test(reduced_gradients_are_those_of_the_model_bit_for_bit),
-        cmocka_unit_test(staged_gradients_are_the_same), cmocka_unit_test(headroom_halves_where_sums_overflow_and_outlives_an_inf),
+        cmocka_unit_test(staged_gradients_are_the_same), cmocka_unit_test(with_zero_every_rank_has_its_part_and_gets_all_weights),
+        cmocka_unit_test(staged_parts_are_the_same), cmocka_unit_test(headroom_halves_where_sums_overflow_and_outlives_an_inf),
         cmocka_unit_test(headroom_grows_to_1_and_buckets_travel_meanwhile),
         cmocka_unit_test(gradients_that_are_sent_wider_than_they_are_added_up_are_refused),
         cmocka_unit_test(ranks_with_the_same_flags_start), cmocka_unit_test(ranks_with_different_flags_are_refused),

@@ -140,7 +140,7 @@ static Launched expect_ranks(int ranks, const char* mode, const char* argument, 
     return l;
 }
 
-static void expect_line(const Launched* l, const char* line) {
+[[maybe_unused]] static void expect_line(const Launched* l, const char* line) {
     if (l->lines != 1) { print_error("%d lines, not one:\n%s\n", l->lines, l->out); }
     assert_int_equal(l->lines, 1);
     assert_string_equal(l->line, line);

@@ -210,6 +210,27 @@ RUNS
     holds 'x > 0 && x < 0.01 * 57344' x="$(sent ours scales)"
 }
 
+@test "ZeRO changes memory and what is sent, and nothing else" {
+    have_mpi
+    local level split dir field flags='--steps 18 --lr 3e-3 --val-split 0.1 --val-every 7 --val-batches 2 --sample-every 9 --sample-len 20'
+    flags="$flags --layers 6 --grad-dtype fp32 --grad-reduce direct"
+    train_on 2 zero0 $flags --zero 0
+    for level in 1 2; do
+        for split in flat tensor; do
+            dir=zero$level$split
+            train_on 2 $dir $flags --zero $level --zero-split $split
+            for field in loss grad_norm val_loss; do same_column $field zero0 $dir 0; done
+            cmp <(grep -a -A 1 '| sample of' zero0.out) <(grep -a -A 1 '| sample of' $dir.out)
+            holds 'x > 0.5 * all && x < 0.58 * all' x="$(memory_of $dir optimizer)" all="$(memory_of zero0 optimizer)"
+        done
+        # a layer's matrices, in FP32, go on to their owners
+        [ -z "$(sent zero${level}flat regroup)" ]
+        [ -n "$(sent zero${level}tensor regroup)" ]
+    done
+    [ -z "$(sent zero0 regroup)" ]
+    holds 'a < b' a="$(memory_of zero2flat gradients)" b="$(memory_of zero0 gradients)" # two layers' and half of six
+}
+
 @test "gradients in FP8: every mode trains as FP32 gradients do" {
     have_mpi
     local seed seeds=1 flags=($TINY --micro-batch 2 --global-batch 512 --steps 40 --lr 3e-3 --warmup 4) mode text=$data/text.txt bound=1.02

@@ -177,6 +177,136 @@ template <class D> struct Ring {
     }
 };
 
+// ---- parts that are not equal ----
+
+// Where the parts of an array of `lines` · 64 bytes begin, in units of `unit` bytes
+enum Cutting { EQUAL, EMPTY_FIRST, EMPTY_LAST, ALL_FIRST, ALL_LAST, ALL_IN_THE_MIDDLE, EVERY_OTHER, AT_RANDOM, AT_RANDOM_AND_SHORT, CUTTINGS };
+static std::vector<size_t> cuts_of(Cutting cutting, int ranks, size_t lines, size_t unit, uint32_t salt) {
+    std::vector<size_t> cuts((size_t)ranks + 1);
+    size_t R = (size_t)ranks;
+    for (size_t r = 1; r < R; r++) {
+        switch (cutting) {
+            case EQUAL: cuts[r] = lines / R * r; break;
+            case EMPTY_FIRST: cuts[r] = R == 1 ? 0 : lines / (R - 1) * (r - 1); break;
+            case EMPTY_LAST: cuts[r] = R == 1 ? 0 : r == R - 1 ? lines : lines / (R - 1) * r; break;
+            case ALL_FIRST: cuts[r] = lines; break;
+            case ALL_LAST: cuts[r] = 0; break;
+            case ALL_IN_THE_MIDDLE: cuts[r] = r <= R / 2 ? 0 : lines; break;
+            case EVERY_OTHER: cuts[r] = lines * (r / 2 * 2) / R; break;
+            default: cuts[r] = hash_of(r, salt, 77) % (lines + 1);
+        }
+    }
+    cuts[R] = cutting == AT_RANDOM_AND_SHORT ? lines * 2 / 3 : lines;  // the array may be longer than its parts
+    for (size_t r = 1; r < R; r++) { cuts[r] = std::min(cuts[r], cuts[R]); }
+    std::sort(cuts.begin(), cuts.end());
+    for (size_t& c : cuts) { c = c * 64 / unit; }
+    return cuts;
+}
+
+struct GatherParts {
+    Transfer* t;
+    std::vector<size_t> cuts;
+    size_t unit;
+    uint32_t salt;
+    Memory memory;
+    static Bytes before(const Group* g, const std::vector<size_t>& cuts, size_t unit, uint32_t salt) {
+        Bytes all(cuts.back() * unit, 0xee), mine = bytes_of(g->rank, (cuts[(size_t)g->rank + 1] - cuts[(size_t)g->rank]) * unit, salt);
+        std::copy(mine.begin(), mine.end(), all.begin() + (long)(cuts[(size_t)g->rank] * unit));
+        return all;
+    }
+    GatherParts(Transfer* transfer, const std::vector<size_t>& c, size_t u, uint32_t s)
+        : t(transfer), cuts(c), unit(u), salt(s), memory(before(t->group, cuts, unit, salt)) {}
+    void start(void) {
+        size_t r = (size_t)t->group->rank;
+        Counted counted(t->group, WEIGHTS_GATHER, (cuts[r + 1] - cuts[r]) * unit * (uint64_t)(t->group->size - 1));
+        start_all_gather(t, memory.data(), cut_parts(cuts.data(), unit), WEIGHTS_GATHER, NULL);
+    }
+    void check(void) {
+        Bytes got = memory.content();
+        for (size_t r = 0; r + 1 < cuts.size(); r++) {
+            Bytes want = bytes_of((int)r, (cuts[r + 1] - cuts[r]) * unit, salt);
+            CHECK(std::equal(want.begin(), want.end(), got.begin() + (long)(cuts[r] * unit)), "part %zu of %zu bytes", r, want.size());
+        }
+    }
+};
+
+template <class D> struct RingParts {
+    Transfer* t;
+    std::vector<size_t> cuts;  // elements
+    uint32_t salt;
+    Memory memory, received;
+    static Bytes before(const Group* g, const std::vector<size_t>& cuts, uint32_t salt) {
+        Bytes all(cuts.back() * sizeof(D));
+        for (size_t i = 0; i < cuts.back(); i++) {
+            D d = Ring<D>::value(g, g->rank, i, salt);
+            memcpy(all.data() + i * sizeof(D), &d, sizeof(D));
+        }
+        return all;
+    }
+    static size_t longest(const std::vector<size_t>& cuts) {
+        size_t most = 0;
+        for (size_t r = 0; r + 1 < cuts.size(); r++) { most = std::max(most, cuts[r + 1] - cuts[r]); }
+        return most;
+    }
+    RingParts(Transfer* transfer, const std::vector<size_t>& c, uint32_t s)
+        : t(transfer), cuts(c), salt(s), memory(before(t->group, cuts, salt)), received(Bytes(longest(cuts) * sizeof(D), 0xee)) {}
+    void start(void) {
+        size_t r = (size_t)t->group->rank, others = cuts.back() - (cuts[r + 1] - cuts[r]);  // each part but the own one goes through here once
+        Counted counted(t->group, REDUCE_SCATTER, t->group->size > 1 ? others * sizeof(D) : 0);
+        start_ring_sum(t, memory.data(), received.data(), cut_parts(cuts.data(), sizeof(D)), DTypeOf<D>::value, REDUCE_SCATTER, NULL);
+    }
+    void check(void) {
+        const Group* g = t->group;
+        Bytes got = memory.content();
+        received.content();
+        for (size_t i = cuts[(size_t)g->rank]; i < cuts[(size_t)g->rank + 1]; i++) {
+            D sum = Ring<D>::value(g, (g->rank + 1) % g->size, i, salt), have;
+            for (int h = 2; h <= g->size; h++) { sum = hop_sum(sum, Ring<D>::value(g, (g->rank + h) % g->size, i, salt)); }
+            memcpy(&have, got.data() + i * sizeof(D), sizeof(D));
+            CHECK(memcmp(&have, &sum, sizeof(D)) == 0, "%s, element %zu: %g, not %g", dtype_names[DTypeOf<D>::value], i, (double)to_float(have),
+                (double)to_float(sum));
+        }
+    }
+};
+
+// An array of which rank r has the r-th chunk, byte by byte, until it has its part
+struct Regroup {
+    Transfer* t;
+    size_t chunk;
+    std::vector<size_t> cuts;
+    size_t unit;
+    uint32_t salt;
+    Bytes given;
+    Memory sent, received;
+    static unsigned char byte(size_t i, uint32_t salt) { return (unsigned char)(hash_of(i / 8, 5, salt) >> i % 8 * 8); }
+    static Bytes before(const Group* g, size_t chunk, uint32_t salt) {
+        Bytes b(chunk);
+        for (size_t i = 0; i < chunk; i++) { b[i] = byte((size_t)g->rank * chunk + i, salt); }
+        return b;
+    }
+    size_t begin(int r) const { return cuts[(size_t)r] * unit; }
+    Regroup(Transfer* transfer, size_t chunk_bytes, const std::vector<size_t>& c, size_t u, uint32_t s)
+        : t(transfer), chunk(chunk_bytes), cuts(c), unit(u), salt(s), given(before(t->group, chunk, salt)), sent(given),
+          received(Bytes(begin(t->group->rank + 1) - begin(t->group->rank), 0xee)) {}
+    void start(void) {
+        const Group* g = t->group;
+        uint64_t bytes = 0;
+        for (size_t i = (size_t)g->rank * chunk; i < (size_t)(g->rank + 1) * chunk; i += 64) {  // what of our chunk is not ours
+            bytes += i < begin(g->size) && (i < begin(g->rank) || i >= begin(g->rank + 1)) ? 64 : 0;
+        }
+        Counted counted(t->group, REGROUP, g->size > 1 ? bytes : 0);
+        start_regroup(t, received.data(), sent.data(), chunk, cut_parts(cuts.data(), unit), REGROUP, NULL);
+    }
+    void check(void) {
+        CHECK(sent.content() == given, "what was sent has changed");
+        Bytes got = received.content();
+        for (size_t i = 0; i < got.size(); i++) {
+            unsigned char want = t->group->transport == ALONE ? 0xee : byte(begin(t->group->rank) + i, salt);
+            CHECK(got[i] == want, "byte %zu of a part of %zu, chunks of %zu: %x, not %x", i, got.size(), chunk, got[i], want);
+        }
+    }
+};
+
 struct Bits {
     Transfer* t;
     size_t n;
@@ -241,6 +371,33 @@ static void run_kind(Transfer* t, uint32_t kind, size_t part_bytes, uint32_t sal
 // the longest, of several messages or of one that is not copied on its way; where many ranks share few cores a shorter one
 static size_t largest_part(int ranks) { return ranks > 4 ? 80 * 1024 : 300 * 1024; }
 
+// lines: the array's length is that times 64 bytes a rank
+static void run_parts(Transfer* t, Cutting cutting, size_t lines, uint32_t salt) {
+    const int R = t->group->size;
+    auto cuts = [=](size_t unit) { return cuts_of(cutting, R, lines * (size_t)R, unit, salt); };
+    run<GatherParts>(t, cuts(1), (size_t)1, salt);
+    run<RingParts<float>>(t, cuts(4), salt);
+    run<Regroup>(t, 64 * lines, cuts(4), (size_t)4, salt);
+    if (t->group->transport == OVER_NCCL) { return; }
+    run<GatherParts>(t, cuts(2), (size_t)2, salt);
+    run<RingParts<bf16>>(t, cuts(2), salt);
+    run<RingParts<e4m3>>(t, cuts(1), salt);
+    run<RingParts<e5m2>>(t, cuts(1), salt);
+    run<Regroup>(t, 64 * lines, cuts(1), (size_t)1, salt);
+}
+
+static void check_parts(Transfer* t) {
+    for (int c = 0; c < CUTTINGS; c++) {
+        for (size_t lines : {0, 1, 5}) { run_parts(t, (Cutting)c, lines, (uint32_t)c); }
+    }
+    for (Cutting c : {EQUAL, ALL_IN_THE_MIDDLE, AT_RANDOM}) { run_parts(t, c, largest_part(t->group->size) / 64, 9); }
+    uint32_t trials = getenv("SOAK") != NULL ? 1000 : 8;
+    for (uint32_t i = 0; i < trials; i++) {
+        usleep((unsigned)(hash_of(i, (uint64_t)t->group->rank, 3) % 500));
+        run_parts(t, i % 2 == 0 ? AT_RANDOM : AT_RANDOM_AND_SHORT, hash_of(i, 0, 4) % 90, 1000 + i);
+    }
+}
+
 static void check_kinds(Transfer* t) {
     CHECK(transfer_done(t));  // nothing was started yet
     for (uint32_t kind = 0; kind < 8; kind++) {
@@ -290,6 +447,11 @@ static void check_lateness(Transfer* t) {
             check_late(Ring<float>(t, part / 4, salt), late);
             check_late(Ring<e4m3>(t, part, salt), late);
             check_late(Bits(t, part / 4, true, salt, SCALES), late);
+            size_t lines = part / 64 * (size_t)g->size;
+            auto cuts = [=](size_t unit) { return cuts_of(EQUAL, g->size, lines, unit, salt); };
+            check_late(GatherParts(t, cuts(1), 1, salt), late);
+            check_late(RingParts<bf16>(t, cuts(2), salt), late);
+            if (late == 0 && g->size == 2) { check_late(Regroup(t, part, {0, 0, part / 2}, 4, salt), late); }  // the other needs its chunk
         }
     }
 }
@@ -316,7 +478,10 @@ static int run_rank(const char* mode, const char* argument, int argc, char** arg
     if (strcmp(mode, "exchange") == 0) {
         Transfer t;
         transfer_create(&t, &group, 0);  // nothing is staged
-        if (transport != OVER_MPI_STAGED) { check_kinds(&t); }
+        if (transport != OVER_MPI_STAGED) {
+            check_kinds(&t);
+            check_parts(&t);
+        }
         check_lateness(&t);
         check_alone(&t);
         transfer_free(&t);
@@ -325,6 +490,7 @@ static int run_rank(const char* mode, const char* argument, int argc, char** arg
             group.transport = OVER_MPI_STAGED;
             transfer_create(&t, &group, largest_part(R) * (size_t)R);  // to the byte
             check_kinds(&t);
+            check_parts(&t);
             transfer_free(&t);
             group.transport = transport;
         }
@@ -339,7 +505,10 @@ static int run_rank(const char* mode, const char* argument, int argc, char** arg
     if (strstr(mode, "gather") != NULL) { run<Gather>(&t, (size_t)63, 1u, ALL_GATHER); }
     if (strstr(mode, "exchange") != NULL) { run<Exchange>(&t, (size_t)96, 1u); }
     if (strstr(mode, "ring") != NULL) { run<Ring<bf16>>(&t, (size_t)33, 1u); }
-    if (strstr(mode, "long") != NULL) { run<Gather>(&t, (size_t)128, 1u, ALL_GATHER); }
+    if (strstr(mode, "cut") != NULL) { run<GatherParts>(&t, std::vector<size_t>{0, 63, 128}, (size_t)1, 1u); }
+    if (strstr(mode, "regroup") != NULL) { run<Regroup>(&t, (size_t)128, std::vector<size_t>{0, 0, 256}, (size_t)1, 1u); }
+    else if (strstr(mode, "long") != NULL) { run<Gather>(&t, (size_t)128, 1u, ALL_GATHER); }
+    barrier(&group);  // it may be another rank that refuses
     CHECK(false, "was not refused");
     return 0;
 }
@@ -357,6 +526,8 @@ static void two_ranks_agree(void**) { ranks_agree(2); }
 static void three_ranks_agree(void**) { ranks_agree(3); }
 static void four_ranks_agree(void**) { ranks_agree(4); }
 static void five_ranks_agree(void**) { ranks_agree(5); }
+static void six_ranks_agree(void**) { ranks_agree(6); }
+static void seven_ranks_agree(void**) { ranks_agree(7); }
 static void eight_ranks_agree(void**) { ranks_agree(8); }
 
 static void refused(const char* mode, const char* line) {
@@ -369,15 +540,20 @@ static void parts_that_are_no_multiple_of_64_bytes_are_refused(void**) {
     refused("gather", "a part of 63 bytes cannot be sent in one piece");
     refused("exchange, uneven", "a part of 96 bytes cannot be sent in one piece");
     refused("ring", "a part of 66 bytes cannot be sent in one piece");
+    refused("cut", "a part of 63 bytes cannot be sent in one piece");
 }
 
-static void arrays_longer_than_their_staging_are_refused(void**) { refused("staged long", "an array of 256 bytes is staged through 192"); }
+static void arrays_longer_than_their_staging_are_refused(void**) {
+    refused("staged long", "an array of 256 bytes is staged through 192");
+    refused("staged long regroup", "rank 1: an array of 256 bytes is staged through 192");
+}
 
 int main(int argc, char** argv) {
     if (argc == 3) { return run_rank(argv[1], argv[2], argc, argv); }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(one_process_keeps_its_own), cmocka_unit_test(two_ranks_agree), cmocka_unit_test(three_ranks_agree),
-        cmocka_unit_test(four_ranks_agree), cmocka_unit_test(five_ranks_agree), cmocka_unit_test(eight_ranks_agree),
+        cmocka_unit_test(four_ranks_agree), cmocka_unit_test(five_ranks_agree), cmocka_unit_test(six_ranks_agree), cmocka_unit_test(seven_ranks_agree),
+        cmocka_unit_test(eight_ranks_agree),
         cmocka_unit_test(parts_that_are_no_multiple_of_64_bytes_are_refused), cmocka_unit_test(arrays_longer_than_their_staging_are_refused),
     };
     return cmocka_run_group_tests_name("transfers", tests, NULL, NULL);
