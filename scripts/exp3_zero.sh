@@ -189,7 +189,8 @@ set ylabel "GiB"
 set style data histogram
 set style histogram clustered gap 1
 set style fill solid 0.8 border -1
-set xtics rotate by -50
+set xtics rotate by 50 right
+set key above
 set yrange [0:*]
 set grid ytics
 plot "$OUT/plot.txt" using 2:xtic(1) title "all", "" using 3 title "weights, gradients, optimizer"
