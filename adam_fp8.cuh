@@ -169,34 +169,37 @@ struct StateView {
     char* data;
     float* slot;        // NULL: scale 1, or scaled by block
     int8_t* exponents;
-    RandomKey key;      // of this step
 
     template <int N> DEVICE size_t block_of(Range<N> c) const { return c.i / STATE_BLOCK; }
     // `previous`: the codes are of before this step's slot
     template <int N> DEVICE Vec<N> read(Range<N> c, int count, bool previous) const {
-        Vec<N> x = load_as(dtype, data, c, count);
-        if (exponents != NULL) { return count > 0 ? x * exp2_int(-exponents[block_of(c)]) : x; }
-        return slot != NULL ? x * slot[previous ? 2 : 0] : x;
+        float factor = exponents != NULL ? count > 0 ? exp2_int(-exponents[block_of(c)]) : 1.0f : slot != NULL ? slot[previous ? 2 : 0] : 1.0f;
+        return load_as(dtype, data, c, count, factor);
     }
-    // `at`: number of the stretch's first element within its tensor. Blocks get an exponent from their amax; that of zeros stays. Returns the descale of
-    // what has been written.
-    template <class Team, int N> DEVICE float write(Team team, Range<N> c, int count, Vec<N> x, uint64_t at) const {
+    // `e`: extent of x; `random`: read where rounding is stochastic, rotated by TURN. Blocks get an exponent from their amax; that of zeros stays.
+    // Returns the descale of what has been written.
+    template <int TURN, class Team, int N>
+    DEVICE float write(Team team, Range<N> c, int count, const Vec<N>& x, Extent e, const Raw<uint32_t, N>& random) const {
         float scale = slot != NULL ? slot[1] : 1.0f;
         if (exponents != NULL) {
-            float amax = bits_to_float(team.template block_amax<STATE_BLOCK>(x)), old = count > 0 ? exp2_int(exponents[block_of(c)]) : 1.0f;
+            float amax = bits_to_float(team.template block_top<STATE_BLOCK>(e.high)), old = count > 0 ? exp2_int(exponents[block_of(c)]) : 1.0f;
             scale = scale_from_amax(amax, largest_of(dtype), 0, old);
             team.sync_blocks();  // all who share the old exponent have read it
             if (count > 0 && team.template leads_block<STATE_BLOCK>()) { exponents[block_of(c)] = (int8_t)exponent_of(scale); }
         }
-        store_as(dtype, rounding, data, c, count, x * scale, key, at);
+        RoundStochastic<TURN, N> stochastic = {&random};
+        bool normal = N >= 32 && is_normal(dtype, bits_to_float(e.low) * scale, bits_to_float(e.high) * scale);  // a CPU's blocks: most are
+        if (rounding == NEAREST) { store_as(dtype, data, c, count, x, scale, RoundNearest{}); }
+        else if (normal) { store_as(dtype, data, c, count, x, scale, RoundNormal<TURN, N>{stochastic}); }
+        else { store_as(dtype, data, c, count, x, scale, stochastic); }
         return 1.0f / scale;
     }
 };
 
 static inline bool has_scale(DType t) { return t == FP16 || dtype_bytes(t) == 1; }
 
-static inline StateView view_of(const OptimizerTensor* t, Rounding rounding, RandomKey key) {
-    return StateView{t->dtype, rounding, (char*)t->data, t->slot, t->exponents, key};
+static inline StateView view_of(const OptimizerTensor* t, Rounding rounding) {
+    return StateView{t->dtype, rounding, (char*)t->data, t->slot, t->exponents};
 }
 DEVICE StateView from_element(StateView v, size_t first) {
     v.data += first * (size_t)dtype_bytes(v.dtype);
@@ -208,11 +211,19 @@ DEVICE StateView from_element(StateView v, size_t first) {
 
 struct AdamRates { float lr, beta1, beta2, eps, decay; };
 
-// w, m and v after a step with gradient g
-template <int N> DEVICE void adam_step(Vec<N>& w, Vec<N>& m, Vec<N>& v, const Vec<N>& g, const AdamRates& a, float c1, float c2) {
-    m = m * a.beta1 + g * (1.0f - a.beta1);
-    v = v * a.beta2 + g * g * (1.0f - a.beta2);
-    w = w - ((m * c1) / (sqrt_of(v * c2) + a.eps) + w * a.decay) * a.lr;
+// w, m and v after a step with gradient g, and their extents; in one loop, so that little goes through memory
+struct StateExtents { Extent w, m, v; };
+template <int N> DEVICE StateExtents adam_step(Vec<N>& w, Vec<N>& m, Vec<N>& v, const Vec<N>& g, const AdamRates& a, float c1, float c2) {
+    Extent ew = NO_EXTENT, em = NO_EXTENT, ev = NO_EXTENT;
+    UNROLL
+    for (int k = 0; k < N; k++) {
+        float gk = g.v[k], mk = m.v[k] * a.beta1 + gk * (1.0f - a.beta1), vk = v.v[k] * a.beta2 + gk * gk * (1.0f - a.beta2);
+        float wk = w.v[k] - ((mk * c1) / (sqrtf(vk * c2) + a.eps) + w.v[k] * a.decay) * a.lr;
+        ew = extent_with(ew, w.v[k] = wk);
+        em = extent_with(em, m.v[k] = mk);
+        ev = extent_with(ev, v.v[k] = vk);
+    }
+    return StateExtents{ew, em, ev};
 }
 
 template <class W, class G> struct AdamUpdate {  // one tensor with FP32 states; W: the type of the forward pass's weight, or float where that is the master
@@ -271,7 +282,8 @@ struct AdamUpdateNarrow {
     const OptimizerState* state;
     AdamRates rates;
     size_t elements;
-    size_t first_element;         // number of the first within the tensor: what random bits depend on
+    RandomKey key;                // of this step; what random bits depend on, with
+    size_t first_element;         // the number of the first within the tensor
     template <class Team> DEVICE void operator()(Team team, int piece) const {
         if (!state->apply) { return; }
         size_t first = (size_t)piece * PIECE;
@@ -282,22 +294,25 @@ struct AdamUpdateNarrow {
         AdamRates a = rates;
         float factor = state->grad_factor * *descale, c1 = state->correction1, c2 = state->correction2;
         float k = weight_scale != NULL ? *weight_scale : 1.0f;
+        bool draw = !measure && (sw.rounding == STOCHASTIC || sm.rounding == STOCHASTIC || sv.rounding == STOCHASTIC);
+        RandomKey key_of_step = key;
         uint32_t top_w = 0, top_m = 0, top_v = 0;
         team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) {
             auto w = sw.read(c, count, measured), m1 = sm.read(c, count, measured), v1 = sv.read(c, count, measured);
-            adam_step(w, m1, v1, load_as(grad_dtype, g_at, c, count) * factor, a, c1, c2);
-            if (amaxes != NULL) {
-                top_w = max_of(top_w, magnitude_bits(w));
-                top_m = max_of(top_m, magnitude_bits(m1));
-                top_v = max_of(top_v, magnitude_bits(v1));
-            }
+            auto g = load_as(grad_dtype, g_at, c, count, factor);
+            auto random = draw ? random_pack(key_of_step, c, at) : decltype(random_pack(key_of_step, c, at)){};
+            StateExtents e = adam_step(w, m1, v1, g, a, c1, c2);
+            top_w = max_of(top_w, e.w.high);
+            top_m = max_of(top_m, e.m.high);
+            top_v = max_of(top_v, e.v.high);
             if (measure) { return; }
-            sm.write(team, c, count, m1, at);
-            sv.write(team, c, count, v1, at);
-            float back = sw.write(team, c, count, w, at);
+            // One draw for an element: what decides about each state, the upper bits after its turn, are different bits of the draw.
+            sm.template write<12>(team, c, count, m1, e.m, random);
+            sv.template write<22>(team, c, count, v1, e.v, random);
+            float back = sw.template write<0>(team, c, count, w, e.w, random);
             if (w_at == NULL) { return; }
-            auto kept = load_as(sw.dtype, sw.data, c, count) * back;  // what the master has become
-            store_as<NEAREST>(weight_dtype, w_at, c, count, kept * k, RandomKey{}, 0);
+            auto kept = load_as(sw.dtype, sw.data, c, count, back);  // what the master has become
+            store_as(weight_dtype, w_at, c, count, kept, k, RoundNearest{});
         });
         if (amaxes == NULL) { return; }
         uint32_t tops[3] = {team.top_of(top_w), team.top_of(top_m), team.top_of(top_v)};
@@ -347,7 +362,7 @@ struct CastWeight {           // weight = master · scale in the weight's format
         char* out = weight + first * (size_t)dtype_bytes(dtype);
         float k = scale != NULL ? *scale : 1.0f;
         team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) {
-            store_as<NEAREST>(dtype, out, c, count, s.read(c, count, false) * k, RandomKey{}, 0);
+            store_as(dtype, out, c, count, s.read(c, count, false), k, RoundNearest{});
         });
     }
 };
@@ -360,7 +375,10 @@ struct SetState {             // state = values, on the host
         size_t first = (size_t)piece * PIECE;
         StateView s = from_element(state, first);
         const float* x = values + first;
-        team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) { s.write(team, c, count, load_some(x, c, count), first); });
+        team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) {
+            auto some = load_some(x, c, count, 1.0f);
+            s.template write<0>(team, c, count, some, extent_of(some), decltype(random_pack(RandomKey{}, c, 0)){});
+        });
     }
 };
 
@@ -470,7 +488,7 @@ static inline void weights_from_masters(Optimizer* o, ParamTable* table, const i
             run_rows(StateSlots{{NULL, NULL, NULL, p->slot}, {0.0f, 0.0f, 0.0f, largest_of(p->dtype)}, amaxes_of(o, table, p), apply}, 4, s);
         }
         if (p->own_count == 0 || master_is_weight(p)) { continue; }
-        run_rows(CastWeight{(char*)own_weight(p), p->dtype, view_of(&p->master, NEAREST, RandomKey{}), is_fp8(p->dtype) ? p->slot + 1 : NULL, apply, p->own_count},
+        run_rows(CastWeight{(char*)own_weight(p), p->dtype, view_of(&p->master, NEAREST), is_fp8(p->dtype) ? p->slot + 1 : NULL, apply, p->own_count},
                  pieces_of(p->own_count), s);
     }
 }
@@ -481,7 +499,7 @@ static inline void optimizer_cast_weights(Optimizer* o, ParamTable* table, Strea
     for (int i = 0; i < table->count; i++) {
         const Param* p = &table->items[i];
         if (!is_fp8(p->dtype) || p->own_count == 0) { continue; }
-        run_rows(MasterAmax{amaxes_of(o, table, p), view_of(&p->master, NEAREST, RandomKey{}), p->own_count}, pieces_of(p->own_count), s);
+        run_rows(MasterAmax{amaxes_of(o, table, p), view_of(&p->master, NEAREST), p->own_count}, pieces_of(p->own_count), s);
     }
     if (o->partitioned) { all_reduce_max(o->group, (float*)o->amaxes, 3 * (size_t)table->count, s); }
     weights_from_masters(o, table, NULL, s);
@@ -502,7 +520,7 @@ static inline void optimizer_set_master(Param* p, const float* values, Stream s)
     char* codes = (char*)host_alloc(bytes);
     int8_t* exponents = (int8_t*)host_alloc(blocks);
     memset(exponents, 0, blocks);
-    StateView v = {p->master.dtype, NEAREST, codes, p->master.slot != NULL ? slot : NULL, p->master.exponents != NULL ? exponents : NULL, RandomKey{}};
+    StateView v = {p->master.dtype, NEAREST, codes, p->master.slot != NULL ? slot : NULL, p->master.exponents != NULL ? exponents : NULL};
     SetState set = {v, values + p->own_first, n};
     int pieces = pieces_of(n);
 #pragma omp parallel for schedule(static)
@@ -553,13 +571,11 @@ static inline void update_fp32(const Optimizer* o, const Param* p, AdamRates rat
 
 // `step`: what the random bits of this step depend on
 static inline AdamUpdateNarrow narrow_update(const Optimizer* o, const Param* p, AdamRates rates, uint64_t tensor, uint64_t step) {
-    auto view = [=](const OptimizerTensor* t, Rounding rounding, uint64_t kind) {
-        return view_of(t, rounding, random_key(o->config.seed, step, tensor << 2 | kind));
-    };
     AdamUpdateNarrow update = {};
-    update.master = view(&p->master, o->config.master_rounding, 1);
-    update.m = view(&p->m, o->config.moment_rounding, 2);
-    update.v = view(&p->v, o->config.moment_rounding, 3);
+    update.master = view_of(&p->master, o->config.master_rounding);
+    update.m = view_of(&p->m, o->config.moment_rounding);
+    update.v = view_of(&p->v, o->config.moment_rounding);
+    update.key = random_key(o->config.seed, step, tensor << 2);
     update.grad_dtype = p->grad_dtype;
     update.grad = (const char*)p->grad;
     update.descale = p->grad_slot;

@@ -26,6 +26,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__AVX512F__) && !defined(GPU_FORM)
+#include <immintrin.h>
+#endif
 
 // ---- memory and streams ----
 
@@ -251,6 +254,15 @@ template <int N> DEVICE uint32_t magnitude_bits(const Vec<N>& a) {
     for (int k = 0; k < N; k++) { top = max_of(top, magnitude_bits(a.v[k])); }
     return top;
 }
+struct Extent { uint32_t low, high; };  // of magnitudes, as bits
+constexpr Extent NO_EXTENT = {0x7fffffffu, 0};
+DEVICE Extent extent_with(Extent e, float x) { return Extent{min_of(e.low, magnitude_bits(x)), max_of(e.high, magnitude_bits(x))}; }
+template <int N> DEVICE Extent extent_of(const Vec<N>& a) {
+    Extent e = NO_EXTENT;
+    UNROLL
+    for (int k = 0; k < N; k++) { e = extent_with(e, a.v[k]); }
+    return e;
+}
 // An integer that orders as the float does, NaN above all
 DEVICE int32_t ordered_bits(float x) {
     int32_t u = (int32_t)float_to_bits(x);
@@ -286,7 +298,7 @@ template <class T, int N> DEVICE Raw<T, N> load_raw(const T* p, Range<N> c) {
 #endif
     return r;
 }
-template <class T, int N> DEVICE void store_raw(T* p, Range<N> c, Raw<T, N> r) {
+template <class T, int N> DEVICE void store_raw(T* p, Range<N> c, const Raw<T, N>& r) {
 #ifdef GPU_FORM
     move_pack<T, N>(p + c.i, r.e);
 #else
@@ -312,17 +324,24 @@ template <class T, int N> DEVICE void store(T* p, Range<N> c, const Vec<N>& x) {
     for (int k = 0; k < N; k++) { from_float(r.e[k], x.v[k]); }
     store_raw(p, c, r);
 }
-// `first`: the number of element p[0] within the unsharded tensor
-template <class T, int N> DEVICE void store_stochastic(T* p, Range<N> c, const Vec<N>& x, RandomKey key, uint64_t first) {
-    Raw<T, N> r;
+// 32 random bits for each of the elements c; `first`: the number of element 0 within the unsharded tensor
+template <int N> DEVICE Raw<uint32_t, N> random_pack(RandomKey key, Range<N> c, uint64_t first) {
+    Raw<uint32_t, N> r;
     uint64_t at = first + c.i;
     if (N > 1 && at >> 32 == (at + N - 1) >> 32) {
-        uint32_t upper = random_upper(key, at);
+        uint32_t upper = random_upper(key, at), lower = (uint32_t)at;
         UNROLL
-        for (int k = 0; k < N; k++) { from_float_stochastic(r.e[k], x.v[k], random_lower(key, at + (uint64_t)k, upper)); }
+        for (int k = 0; k < N; k++) { r.e[k] = random_lower(key, lower + (uint32_t)k, upper); }
     } else {
-        for (int k = 0; k < N; k++) { from_float_stochastic(r.e[k], x.v[k], random_bits(key, at + (uint64_t)k)); }
+        for (int k = 0; k < N; k++) { r.e[k] = random_bits(key, at + (uint64_t)k); }
     }
+    return r;
+}
+template <class T, int N> DEVICE void store_stochastic(T* p, Range<N> c, const Vec<N>& x, RandomKey key, uint64_t first) {
+    Raw<T, N> r;
+    Raw<uint32_t, N> random = random_pack(key, c, first);
+    UNROLL
+    for (int k = 0; k < N; k++) { from_float_stochastic(r.e[k], x.v[k], random.e[k]); }
     store_raw(p, c, r);
 }
 
@@ -333,36 +352,88 @@ template <Rounding R, class T, int N> DEVICE void store_rounded(T* p, Range<N> c
 
 // ---- a pack of a type known at run time, of which the first `count` elements are there ----
 
-template <class T, int N> DEVICE Vec<N> load_some(const T* p, Range<N> c, int count) {
-    if (count >= N) { return load(p, c); }
-    return Vec<N>::map([&](int k) { return k < count ? to_float(p[c.i + k]) : 0.0f; });
+// N codes as floats, times `factor`
+template <int N, class T> DEVICE Vec<N> scaled(const T* e, float factor) {
+    return Vec<N>::map([&](int k) { return to_float(e[k]) * factor; });
 }
-template <Rounding R, class T, int N> DEVICE void store_some(T* p, Range<N> c, int count, const Vec<N>& x, RandomKey key, uint64_t first) {
-    if (count >= N) { store_rounded<R>(p, c, x, key, first); return; }
-    for (int k = 0; k < count; k++) { store_rounded<R>(p, Range<1>{c.i + k}, Vec<1>{{x.v[k]}}, key, first); }
+#if defined(__AVX512F__) && !defined(GPU_FORM)
+// There is an instruction for FP16, which serves E4M3 too, by way of halves that are 2^8 too small; and no compiler makes a loop of it.
+template <int N> DEVICE Vec<N> scaled_halves(const fp16* e, float first, float factor) {
+    Vec<N> x;
+    int k = 0;
+    for (; k + 16 <= N; k += 16) {
+        __m512 y = _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)(e + k))) * _mm512_set1_ps(first);
+        _mm512_storeu_ps(x.v + k, y * _mm512_set1_ps(factor));
+    }
+    for (; k < N; k++) { x.v[k] = to_float(e[k]) * first * factor; }
+    return x;
 }
-template <int N> DEVICE Vec<N> load_as(DType t, const void* p, Range<N> c, int count) {
+template <int N> DEVICE Vec<N> scaled(const fp16* e, float factor) { return scaled_halves<N>(e, 1.0f, factor); }
+template <int N> DEVICE Vec<N> scaled(const e4m3* e, float factor) {
+    fp16 h[N];
+    for (int k = 0; k < N; k++) {
+        uint16_t u = (uint16_t)((int8_t)e[k].bits * 128) & 0xbf80;
+        h[k].bits = u | ((u + 0x80) & 0x4000);  // NaN alone gets an exponent of ones
+    }
+    return scaled_halves<N>(h, 256.0f, factor);
+}
+#endif
+// The elements times `factor`
+template <class T, int N> DEVICE Vec<N> load_some(const T* p, Range<N> c, int count, float factor) {
+    if (count < N) { return Vec<N>::map([&](int k) { return k < count ? to_float(p[c.i + k]) * factor : 0.0f; }); }
+#ifdef GPU_FORM
+    return scaled<N>(load_raw(p, c).e, factor);
+#else
+    return scaled<N>(p + c.i, factor);
+#endif
+}
+template <int N> DEVICE Vec<N> load_as(DType t, const void* p, Range<N> c, int count, float factor) {
     switch (t) {
-        case BF16: return load_some((const bf16*)p, c, count);
-        case FP16: return load_some((const fp16*)p, c, count);
-        case E4M3: return load_some((const e4m3*)p, c, count);
-        case E5M2: return load_some((const e5m2*)p, c, count);
-        case UE5M3: return load_some((const ue5m3*)p, c, count);
-        default: return load_some((const float*)p, c, count);
+        case BF16: return load_some((const bf16*)p, c, count, factor);
+        case FP16: return load_some((const fp16*)p, c, count, factor);
+        case E4M3: return load_some((const e4m3*)p, c, count, factor);
+        case E5M2: return load_some((const e5m2*)p, c, count, factor);
+        case UE5M3: return load_some((const ue5m3*)p, c, count, factor);
+        default: return load_some((const float*)p, c, count, factor);
     }
 }
-template <Rounding R, int N> DEVICE void store_as(DType t, void* p, Range<N> c, int count, const Vec<N>& x, RandomKey key, uint64_t first) {
-    switch (t) {
-        case BF16: store_some<R>((bf16*)p, c, count, x, key, first); break;
-        case FP16: store_some<R>((fp16*)p, c, count, x, key, first); break;
-        case E4M3: store_some<R>((e4m3*)p, c, count, x, key, first); break;
-        case E5M2: store_some<R>((e5m2*)p, c, count, x, key, first); break;
-        case UE5M3: store_some<R>((ue5m3*)p, c, count, x, key, first); break;
-        default: store_some<NEAREST>((float*)p, c, count, x, key, first);
+// How the elements f(0) … of a pack are rounded
+struct RoundNearest {
+    template <class T> DEVICE void operator()(T& d, float x, int) const { from_float(d, x); }
+};
+template <int TURN, int N> struct RoundStochastic {  // TURN: the bits are rotated by so many: several numbers can be rounded with one set
+    const Raw<uint32_t, N>* random;
+    DEVICE uint32_t bits(int k) const { return random->e[k] << TURN | random->e[k] >> ((32 - TURN) & 31); }
+    template <class T> DEVICE void operator()(T& d, float x, int k) const { from_float_stochastic(d, x, bits(k)); }
+};
+template <int TURN, int N> struct RoundNormal : RoundStochastic<TURN, N> {  // no number is subnormal, 0, too large or NaN
+    template <class T> DEVICE void operator()(T& d, float x, int k) const { from_float_normal(d, x, this->bits(k)); }
+};
+// x · scale
+template <class T, int N, class Round> DEVICE void store_some(T* p, Range<N> c, int count, const Vec<N>& x, float scale, Round round) {
+    if (count < N) {
+        for (int k = 0; k < count; k++) { round(p[c.i + k], x.v[k] * scale, k); }
+        return;
     }
+#ifndef GPU_FORM
+    T* q = p + c.i;
+    for (int k = 0; k < N; k++) { round(q[k], x.v[k] * scale, k); }
+#else
+    Raw<T, N> r;
+    UNROLL
+    for (int k = 0; k < N; k++) { round(r.e[k], x.v[k] * scale, k); }
+    store_raw(p, c, r);
+#endif
 }
-template <int N> DEVICE void store_as(DType t, Rounding r, void* p, Range<N> c, int count, const Vec<N>& x, RandomKey key, uint64_t first) {
-    if (r == STOCHASTIC) { store_as<STOCHASTIC>(t, p, c, count, x, key, first); } else { store_as<NEAREST>(t, p, c, count, x, key, first); }
+template <int N, class Round> DEVICE void store_as(DType t, void* p, Range<N> c, int count, const Vec<N>& x, float scale, Round round) {
+    switch (t) {
+        case BF16: store_some((bf16*)p, c, count, x, scale, round); break;
+        case FP16: store_some((fp16*)p, c, count, x, scale, round); break;
+        case E4M3: store_some((e4m3*)p, c, count, x, scale, round); break;
+        case E5M2: store_some((e5m2*)p, c, count, x, scale, round); break;
+        case UE5M3: store_some((ue5m3*)p, c, count, x, scale, round); break;
+        default: store_some((float*)p, c, count, x, scale, RoundNearest{});
+    }
 }
 
 // *target = max(*target, value) for integers, from any number of rows at once; the order does not matter, so the result repeats
@@ -439,8 +510,8 @@ struct CpuTeam {
     template <int BLOCK, class F> DEVICE void each_block(int n, F f) const {
         for (int i = 0; i < n; i += BLOCK) { f(Range<BLOCK>{(size_t)i}, n - i < BLOCK ? n - i : BLOCK); }
     }
-    // max |x| over the block that the caller is in, as float bits
-    template <int BLOCK> DEVICE uint32_t block_amax(Vec<BLOCK> x) const { return magnitude_bits(x); }
+    // the greatest over the block that the caller is in
+    template <int BLOCK> DEVICE uint32_t block_top(uint32_t x) const { return x; }
     template <int BLOCK> DEVICE bool leads_block() const { return true; }
     DEVICE void sync_blocks() const {}
     // the greatest of all threads'
@@ -559,8 +630,7 @@ struct GpuTeam {
             f(Range<PACK>{(size_t)i * PACK}, left < 0 ? 0 : left < PACK ? left : PACK);
         }
     }
-    template <int BLOCK> GPU uint32_t block_amax(Vec<PACK> x) const {
-        uint32_t top = magnitude_bits(x);
+    template <int BLOCK> GPU uint32_t block_top(uint32_t top) const {
         for (int o = BLOCK / PACK / 2; o > 0; o >>= 1) { top = max_of(top, __shfl_xor_sync(0xffffffffu, top, o)); }
         return top;
     }

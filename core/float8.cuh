@@ -13,8 +13,9 @@
 //
 // All but BF16 are encoded by one function. The float's 24-bit significand m is shifted right until its last kept bit is worth one unit of the target
 // at that exponent (further below the normal range: that is all that subnormals are), rounded there, and added to the exponent field: a carry out
-// of the significand then lands in the exponent by itself. Rounding is to nearest even, or stochastic with 32 given random bits. There are no
-// branches, so the loops over a row vectorise; shifts by a variable count are one instruction on AVX2, AVX-512 and GPUs.
+// of the significand then lands in the exponent by itself. Rounding is stochastic with 32 given random bits, or to nearest even: then adding a power of
+// two so large that the sum's last bit is worth that unit both shifts and rounds. There are no branches, so the loops over a row vectorise; shifts by
+// a variable count are one instruction on AVX2, AVX-512 and GPUs.
 //
 // A tensor is stored as q = cast(x * scale) with scale a power of two, so multiplying and dividing by it is exact: scale = 2^floor(log2(fp_max/amax)
 // - margin). It is computed from the exponent and significand bits of amax, not by logf, whose last bit differs between libraries.
@@ -65,40 +66,50 @@ typedef Layout<10, 15, 0x7bff, 0x7fff> LayoutFP16;
 
 enum Rounding { NEAREST, STOCHASTIC };
 
-// The code of |x| given as bits, without the sign. `random`: 32 random bits, read by STOCHASTIC only.
+// The bits of the float whose code, a normal one, is `code`
+template <class L> DEVICE constexpr uint32_t normal_bits(uint32_t code) { return (code << (23 - L::MAN)) + ((uint32_t)(127 - L::BIAS) << 23); }
+
+// The code of |x|, which is no NaN, given as bits, without the sign; `random`: 32 random bits, read by STOCHASTIC only. It is placed where a float has
+// its exponent and upper mantissa: compilers cut vectors down to the width of codes once, after all else is done, if the last thing is a shift.
 template <class L, Rounding R> DEVICE uint32_t encode_magnitude(uint32_t u, uint32_t random) {
-    const int lowest = 127 - L::BIAS + 1;               // float exponent field of the smallest normal
-    int exponent = (int)(u >> 23);
-    uint32_t m = (u & 0x7fffffu) | 0x800000u;           // a subnormal float is far below every target's range: its false leading bit does no harm
-    int below = lowest - exponent;
-    below = below < 0 ? 0 : below;
-    int kept = exponent < lowest ? lowest : exponent;   // the exponent whose unit we round to
-    int shift = 23 - L::MAN + below;
+    constexpr int UP = 23 - L::MAN;
+    constexpr uint32_t LOWEST = normal_bits<L>(1u << L::MAN), TOP = normal_bits<L>(L::MAX);
+    u = u > TOP ? TOP : u;
+    uint32_t exponent = u & 0x7f800000u, kept = exponent < LOWEST ? LOWEST : exponent;  // the exponent whose unit we round to
     uint32_t q;
     if (R == NEAREST) {
-        shift = shift > 25 ? 25 : shift;                // 2^24 > m: at 25 everything rounds to 0
-        q = (m + (1u << (shift - 1)) - 1u + ((m >> shift) & 1u)) >> shift;
+        q = float_to_bits(bits_to_float(u) + bits_to_float(kept + ((uint32_t)UP << 23)));  // the sum's last bit is worth that unit: adding rounds
     } else {
+        uint32_t m = (u & 0x7fffffu) | 0x800000u;       // a subnormal float is far below every target's range: its false leading bit does no harm
+        int shift = UP + (int)((kept - exponent) >> 23);
         int far = shift - 31;                           // P(up) = m / 2^shift; below 2^-31 of a unit the tail is cut off
         far = far < 0 ? 0 : far > 31 ? 31 : far;
         m >>= far;
         shift = shift > 31 ? 31 : shift;
         q = (m + (random >> (32 - shift))) >> shift;
     }
-    uint32_t code = q + ((uint32_t)(kept - lowest) << L::MAN);
-    code = code > L::MAX ? L::MAX : code;
-    return u > 0x7f800000u ? L::NOT_A_NUMBER : code;
+    return (q << UP) + (kept - LOWEST);                 // of the sum only what is below its exponent field is left
 }
 
 template <class L, Rounding R, int SIGN> DEVICE uint32_t encode(float x, uint32_t random) {
+    constexpr int UP = 23 - L::MAN;
     uint32_t bits = float_to_bits(x), u = bits & 0x7fffffffu;
-    uint32_t sign = u > 0x7f800000u ? 0u : (bits >> 31) << SIGN;  // NaN has one code, as the hardware's conversion gives it
-    return sign | encode_magnitude<L, R>(u, random);
+    uint32_t placed = encode_magnitude<L, R>(u, random) | ((bits >> (31 - SIGN - UP)) & (1u << (SIGN + UP)));
+    return (u > 0x7f800000u ? L::NOT_A_NUMBER << UP : placed) >> UP;  // NaN has one code, as the hardware's conversion gives it
 }
 
 template <Rounding R> DEVICE uint8_t encode_ue5m3(float x, uint32_t random) {
-    uint32_t u = float_to_bits(x) & 0x7fffffffu, code = encode_magnitude<LayoutUE5M3, R>(u, random);
-    return (uint8_t)(code == 0 && u != 0 ? 1u : code);
+    constexpr int UP = 23 - LayoutUE5M3::MAN;
+    uint32_t u = float_to_bits(x) & 0x7fffffffu, placed = encode_magnitude<LayoutUE5M3, R>(u, random), least = (u > 1u ? 1u : u) << UP;
+    placed = placed < least ? least : placed;
+    return (uint8_t)((u > 0x7f800000u ? LayoutUE5M3::NOT_A_NUMBER << UP : placed) >> UP);
+}
+
+// encode<L, STOCHASTIC, SIGN> where |x| is within the normal range: a carry out of what is cut off does all. SIGN 8: none
+template <class L, int SIGN> DEVICE uint32_t encode_normal(float x, uint32_t random) {
+    constexpr int UP = 23 - L::MAN;
+    uint32_t u = float_to_bits(x) + (random >> (32 - UP)) - normal_bits<L>(0);
+    return (SIGN == 8 ? u : u | ((uint32_t)((int32_t)u >> (31 - SIGN - UP)) & (1u << (SIGN + UP)))) >> UP;  // bits beyond the code are to be cut off
 }
 
 template <Rounding R> DEVICE uint16_t encode_bf16(float x, uint32_t random) {
@@ -125,22 +136,32 @@ DEVICE void from_float_stochastic(e4m3& d, float x, uint32_t random) { d.bits = 
 DEVICE void from_float_stochastic(e5m2& d, float x, uint32_t random) { d.bits = (uint8_t)encode<LayoutE5M2, STOCHASTIC, 7>(x, random); }
 DEVICE void from_float_stochastic(ue5m3& d, float x, uint32_t random) { d.bits = encode_ue5m3<STOCHASTIC>(x, random); }
 
-// `special`: the lowest code whose exponent field means inf or NaN (E4M3: only the one NaN code)
-template <class L> DEVICE float decode(uint32_t code, uint32_t sign_bit, bool special) {
-    uint32_t e = code >> L::MAN, m = code & ((1u << L::MAN) - 1u);
-    uint32_t normal = ((e + 127u - L::BIAS) << 23) | (m << (23 - L::MAN));
-    uint32_t tiny = float_to_bits((float)(int)m * exp2_int(1 - L::BIAS - L::MAN));
-    uint32_t u = e == 0 ? tiny : normal;
-    u = special ? 0x7f800000u | (m << (23 - L::MAN)) : u;
-    return bits_to_float(u | (sign_bit << 31));
+// The same bits for |x| within the format's normal range (see is_normal), in fewer steps where there are fewer
+DEVICE void from_float_normal(float& d, float x, uint32_t) { d = x; }
+DEVICE void from_float_normal(bf16& d, float x, uint32_t random) { d.bits = encode_bf16<STOCHASTIC>(x, random); }
+DEVICE void from_float_normal(fp16& d, float x, uint32_t random) { d.bits = (uint16_t)encode_normal<LayoutFP16, 15>(x, random); }
+DEVICE void from_float_normal(e4m3& d, float x, uint32_t random) { d.bits = (uint8_t)encode_normal<LayoutE4M3, 7>(x, random); }
+DEVICE void from_float_normal(e5m2& d, float x, uint32_t random) { d.bits = (uint8_t)encode_normal<LayoutE5M2, 7>(x, random); }
+DEVICE void from_float_normal(ue5m3& d, float x, uint32_t random) { d.bits = (uint8_t)encode_normal<LayoutUE5M3, 8>(x, random); }
+
+// `code`: with its sign, if there is one, in the upper bits too; SIGN 8: none. A subnormal code that is read as a normal one with an exponent one higher
+// is 2^(1-BIAS) too large. What that makes of the others is no less than they are, so the lesser of both readings is right.
+template <class L, int SIGN> DEVICE float decode(int32_t code) {
+    constexpr int UP = 23 - L::MAN;
+    uint32_t low = ((uint32_t)code << UP) & ((1u << (UP + SIGN)) - 1u), sign = SIGN == 8 ? 0u : (uint32_t)code & 0x80000000u;
+    uint32_t normal = low + normal_bits<L>(0);
+    uint32_t tiny = float_to_bits(bits_to_float(low + normal_bits<L>(1u << L::MAN)) - exp2_int(1 - L::BIAS));
+    uint32_t u = tiny < normal ? tiny : normal;
+    u = low > L::MAX << UP ? low | 0x7f800000u : u;  // inf and NaN
+    return bits_to_float(sign | u);
 }
 
 DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(bf16 x) { return bits_to_float((uint32_t)x.bits << 16); }
-DEVICE float to_float(fp16 x) { return decode<LayoutFP16>(x.bits & 0x7fffu, (uint32_t)x.bits >> 15, (x.bits & 0x7c00u) == 0x7c00u); }
-DEVICE float to_float(e4m3 x) { return decode<LayoutE4M3>(x.bits & 0x7fu, (uint32_t)x.bits >> 7, (x.bits & 0x7fu) == 0x7fu); }
-DEVICE float to_float(e5m2 x) { return decode<LayoutE5M2>(x.bits & 0x7fu, (uint32_t)x.bits >> 7, (x.bits & 0x7cu) == 0x7cu); }
-DEVICE float to_float(ue5m3 x) { return decode<LayoutUE5M3>(x.bits, 0u, x.bits == 0xffu); }
+DEVICE float to_float(fp16 x) { return decode<LayoutFP16, 15>((int16_t)x.bits); }
+DEVICE float to_float(e4m3 x) { return decode<LayoutE4M3, 7>((int8_t)x.bits); }
+DEVICE float to_float(e5m2 x) { return decode<LayoutE5M2, 7>((int8_t)x.bits); }
+DEVICE float to_float(ue5m3 x) { return decode<LayoutUE5M3, 8>(x.bits); }
 
 // ---- FP8 to BF16, times a power of two ----
 
@@ -173,6 +194,9 @@ template <class T> DEVICE float round_to(float x) { T t; from_float(t, x); retur
 // ---- scales ----
 
 DEVICE float largest_of(DType t) { return t == E4M3 ? 448.0f : t == E5M2 ? 57344.0f : t == FP16 ? 65504.0f : t == UE5M3 ? 114688.0f : 3.4028235e38f; }
+
+// Whether magnitudes from `low` to `high` are within the format's normal range. NaN is not.
+DEVICE bool is_normal(DType t, float low, float high) { return low >= (t == E4M3 ? 0x1p-6f : 0x1p-14f) && high <= largest_of(t); }
 
 // The quantising scale 2^floor(log2(largest/amax) - margin), clamped to 2^±126. amax 0, inf and NaN say nothing of the range: the old scale stays.
 DEVICE float scale_from_amax(float amax, float largest, int margin, float old_scale) {

@@ -670,7 +670,8 @@ struct ModelState {
         for (size_t i = 0; i < x.size(); i++) { x[i] = value(i); }
         return x;
     }
-    void write(const std::vector<float>& x, bool stochastic, RandomKey key) {
+    // `turn`: the random bits are rotated by so many to the left
+    void write(const std::vector<float>& x, bool stochastic, RandomKey key, int turn) {
         size_t n = codes.size();
         if (is_scaled(dtype) && by_block) {
             for (size_t b = 0; b < exponents.size(); b++) {
@@ -683,7 +684,7 @@ struct ModelState {
         }
         for (size_t i = 0; i < n; i++) {
             float scale = !is_scaled(dtype) ? 1.0f : by_block ? (float)ldexp(1.0, exponents[i / 128]) : slot[1];
-            uint32_t random = random_bits(key, i);
+            uint32_t drawn = random_bits(key, i), random = (uint32_t)((((uint64_t)drawn << 32) | drawn) >> (32 - turn));
             codes[i] = model_code(dtype, x[i] * scale, stochastic ? &random : NULL);
         }
     }
@@ -808,7 +809,7 @@ struct Narrow {
             optimizer_set_master(&table->items[i], x[i].data(), NULL);
             ModelState& s = want[i].states[0];
             s.reset(f.master, f.by_block, want[i].spec.size);
-            s.write(x[i], false, RandomKey{});
+            s.write(x[i], false, RandomKey{}, 0);
         }
         optimizer_cast_weights(&o, table, NULL);
         for (ModelTensor& t : want) { t.cast_weight(amax_of(t.states[0].values(), 0, t.spec.size)); }
@@ -869,7 +870,8 @@ struct Narrow {
         }
         for (int s = 0; s < 3; s++) {
             Rounding r = s == 0 ? f.master_rounding : f.moment_rounding;
-            t.states[s].write(x[s], r == STOCHASTIC, random_key(seed, number, (uint64_t)i << 2 | (uint64_t)(s + 1)));
+            const int turns[] = {0, 12, 22};  // one draw an element serves its three states
+            t.states[s].write(x[s], r == STOCHASTIC, random_key(seed, number, (uint64_t)i << 2), turns[s]);
         }
         t.cast_weight(amax_of(x[0], 0, t.spec.size));
     }

@@ -438,6 +438,32 @@ static void random_bits_go_on_beyond_32_bits(void**) {
     assert_int_not_equal(random_bits(key, 5), random_bits(key, 5 + ((uint64_t)1 << 32)));
 }
 
+// A pack of codes takes other instructions than a code by itself, where the CPU has them. All codes, each in several places, times several factors
+template <class T> static void check_reading(void) {
+    const uint32_t codes = 1u << (8 * sizeof(T));
+    Array<T> x(2 * (size_t)codes);
+    for (size_t i = 0; i < x.n; i++) { x[i].bits = (decltype(T::bits))(i < codes ? i : i * 77 + 5); }
+    for (float factor : {1.0f, 0x1p-126f, 0x1p120f, 0.37f}) {
+        for (size_t i = 0; i < x.n; i += 128) {
+            Vec<128> packed = load_as(DTypeOf<T>::value, (const T*)x, Range<128>{i}, 128, factor);
+            Vec<24> few = load_as(DTypeOf<T>::value, (const T*)x, Range<24>{i}, 24, factor);
+            for (size_t k = 0; k < 128; k++) {
+                uint32_t want = float_to_bits(to_float(x[i + k]) * factor), got = float_to_bits(packed.v[k]);
+                if (got != want) { fail_msg("%s code %#x times %g", dtype_names[DTypeOf<T>::value], (unsigned)x[i + k].bits, (double)factor); }
+                assert_true(k >= 24 || float_to_bits(few.v[k]) == want);
+            }
+        }
+    }
+}
+
+static void packs_of_codes_are_read_as_single_codes_are(void**) {
+    check_reading<fp16>();
+    check_reading<bf16>();
+    check_reading<e4m3>();
+    check_reading<e5m2>();
+    check_reading<ue5m3>();
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(exp_is_right_within_two_units),
@@ -456,6 +482,7 @@ int main(void) {
         cmocka_unit_test(packs_hold_what_single_elements_hold),
         cmocka_unit_test(packs_calculate_by_element),
         cmocka_unit_test(random_bits_go_on_beyond_32_bits),
+        cmocka_unit_test(packs_of_codes_are_read_as_single_codes_are),
         cmocka_unit_test(ordered_bits_order_as_floats_do),
         cmocka_unit_test(memory_moves_between_host_and_device),
     };

@@ -351,6 +351,37 @@ static void stochastic_rounding_takes_a_neighbour(void**) {
     check_neighbours<bf16>();
 }
 
+// Numbers within the normal range take a shorter way to the same code.
+template <class T> static void check_normal(void) {
+    const DType t = DTypeOf<T>::value;
+    const double smallest = defined_value<T>(1u << Format<T>::MANTISSA);
+    size_t normal = 0;
+    for (float x : points<T>()) {
+        bool within = fabs((double)x) >= smallest && fabs((double)x) <= values<T>().back();
+        assert_int_equal(is_normal(t, fabsf(x), fabsf(x)), within);
+        if (!within) { continue; }
+        normal++;
+        for (uint32_t random : {0u, 0xffffffffu, 0x80000000u, 0x00080000u, random_u32(), random_u32()}) {
+            T got;
+            from_float_normal(got, x, random);
+            if (got.bits != encode_one_stochastic<T>(x, random).bits) {
+                fail_msg("%s of %.9g with random 0x%08x is 0x%x the short way", name_of<T>(), (double)x, random, (unsigned)got.bits);
+            }
+        }
+    }
+    assert_true(normal > 1000);
+}
+
+static void normal_numbers_take_a_shorter_way_to_the_same_codes(void**) {
+    check_normal<e4m3>();
+    check_normal<e5m2>();
+    check_normal<ue5m3>();
+    check_normal<fp16>();
+    assert_false(is_normal(E4M3, 1.0f, NAN));
+    assert_false(is_normal(E4M3, 0x1p-7f, 1.0f));
+    assert_false(is_normal(FP16, 1.0f, 65536.0f));
+}
+
 // Over all random numbers, x is rounded up in exactly its share: `bits` is how many random bits count for a normal number of T.
 template <class T> static void check_share(float x, int bits) {
     uint32_t low = encode_one_stochastic<T>(x, 0).bits;
@@ -515,7 +546,7 @@ static void random_bits_look_random(void**) {
     for (int step = 1; step <= 64; step *= 2) {
         check_bits("neighbours", [=](uint64_t i) { return random_bits(key, i) ^ random_bits(key, i + (uint64_t)step); });
     }
-    for (int turn = 1; turn < 32; turn += 5) {  // one bit against another of the same number
+    for (int turn : {1, 6, 10, 11, 12, 16, 21, 22, 26, 31}) {  // one bit against another of the same number
         check_bits("bits of one number", [=](uint64_t i) { uint32_t r = random_bits(key, i); return r ^ (r << turn | r >> (32 - turn)); });
     }
     RandomKey others[] = {random_key(2, 2, 3), random_key(1, 3, 3), random_key(1, 2, 4),
@@ -593,6 +624,7 @@ int main(void) {
 #endif
         cmocka_unit_test(loops_give_the_bits_of_single_elements),
         cmocka_unit_test(stochastic_rounding_takes_a_neighbour),
+        cmocka_unit_test(normal_numbers_take_a_shorter_way_to_the_same_codes),
         cmocka_unit_test(stochastic_rounding_has_exact_shares),
         cmocka_unit_test(stochastic_rounding_is_unbiased),
         cmocka_unit_test(stochastic_rounding_does_not_depend_on_threads_and_layout),
