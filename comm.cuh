@@ -127,18 +127,20 @@ struct Reduction {
     float* descales;           // (ranks, scale_row)
     uint32_t* sum_amax;        // (scale_row)
     char* payload;             // (elements) of wire
-    char* received;            // direct: (ranks, chunk) of wire; ring: (the largest part)
+    char* received;            // direct: (ranks, chunk) of wire; a ring over MPI: (the largest part)
     float* sums;               // direct: (chunk), where they are not written where they stay
     float* regrouped;          // direct, ZeRO 2, whole tensors: (part) sums, before they are added
     // what is under way
     Transfer transfer;
     Stream stream;
-    Event ready, backward_done, done;
+    Event ready;
+    Event backward_done[2], done[2];  // of this step and the one before, whose times the host reads meanwhile
     int *queue, queued, next, phase;
     bool returning;            // weights are under way, not gradients
     bool adds;                 // ZeRO 2: this is not the step's first reduction
     int reductions;            // since the last step
-    double waited;             // seconds of this step in which nothing else was done
+    int64_t steps;             // so far
+    double waited[2];          // seconds of this step, and the one before, in which nothing else was done
 };
 
 static inline size_t chunk_of(const Reduction* r, const Bucket* b) { return b->elements / (size_t)r->group->size; }
@@ -240,7 +242,8 @@ static inline void reduction_allocate(Reduction* r, Memory* memory) {
         const Bucket* b = &p->buckets[k];
         size_t bytes = (size_t)dtype_bytes(b->wire);
         payload = max_of(payload, sent_as_it_is(b) ? 0 : b->elements * bytes);
-        received = max_of(received, (is_direct(r) ? b->elements : largest_part(p, b)) * bytes);
+        bool ours = r->group->transport == OVER_MPI;  // NCCL's ring has buffers of its own, a staged one is on the host
+        received = max_of(received, (is_direct(r) ? b->elements : ours ? largest_part(p, b) : 0) * bytes);
         sums = max_of(sums, is_direct(r) && (zero_level(r) == 0 || b->whole) ? chunk_of(r, b) : 0);
         regrouped = max_of(regrouped, is_direct(r) && zero_level(r) == 2 && b->whole ? part_elements(p, b) : 0);
     }
@@ -278,8 +281,10 @@ static inline void reduction_start_up(Reduction* r) {
     int n = r->table->count;
     r->stream = urgent_stream_create();
     r->ready = event_create();
-    r->backward_done = timed_event_create();
-    r->done = timed_event_create();
+    for (int i = 0; i < 2; i++) {
+        r->backward_done[i] = timed_event_create();
+        r->done[i] = timed_event_create();
+    }
     size_t largest = PART_BYTES, payload_bytes = 0, sums = 0;
     for (int k = 0; k < p->bucket_count; k++) {
         Bucket* b = &p->buckets[k];
@@ -484,6 +489,8 @@ static inline bool weights_phase(Reduction* r, const Bucket* b, int phase) {
     return true;
 }
 
+static inline int turn_of(const Reduction* r) { return (int)(r->steps % 2); }
+
 // Goes on as far as it can without waiting; false: something is still under way
 static inline bool reduction_poll(Reduction* r) {
     if (r->next == r->queued) { return true; }
@@ -521,7 +528,7 @@ static inline void wait_for(Reduction* r, int layer, Stream compute) {
         while (b->under_way) {
             if (!reduction_poll(r)) { sched_yield(); }
         }
-        r->waited += start > 0.0 ? wall_seconds() - start : 0.0;
+        r->waited[turn_of(r)] += start > 0.0 ? wall_seconds() - start : 0.0;
         stream_wait_event(compute, b->arrived);
     }
 }
@@ -534,8 +541,11 @@ static inline void empty_queue(Reduction* r) {
 
 // ---- a step ----
 
-static inline void reduction_step(Reduction* r) { r->waited = 0.0; }
-
+// A step begins
+static inline void reduction_step(Reduction* r) {
+    r->steps++;
+    r->waited[turn_of(r)] = 0.0;
+}
 
 // Are gradients reduced after each micro-batch, and do each one's begin anew?
 static inline bool reduces_each(const Reduction* r) { return zero_level(r) == 2; }
@@ -558,19 +568,22 @@ static inline void reduction_start(Reduction* r, int layer, Stream compute) {
 static inline void reduction_finish(Reduction* r, Stream compute) {
     if (!exchanges(r)) { return; }
     double start = wall_seconds();
-    event_record(r->backward_done, compute);
+    int turn = turn_of(r);
+    event_record(r->backward_done[turn], compute);
     for (int k = r->partition.bucket_count - 1; k >= 0; k--) { reduction_start(r, r->partition.buckets[k].layer, compute); }
     empty_queue(r);
     r->reductions++;
-    event_record(r->done, r->stream);
-    stream_wait_event(compute, r->done);
-    r->waited += wall_seconds() - start;
+    event_record(r->done[turn], r->stream);
+    stream_wait_event(compute, r->done[turn]);
+    r->waited[turn] += wall_seconds() - start;
 }
 
-// Seconds since reduction_step that were spent on exchanges and nothing else. On a GPU: by the last reduction, which must be over.
-static inline double reduction_waited(const Reduction* r) {
-    if (!exchanges(r) || !device_is_gpu) { return r->waited; }
-    return max_of(0.0, 1e-3 * event_milliseconds(r->backward_done, r->done));
+// Seconds of a step, the last that began or the one before (counted from 0), that were spent on exchanges and nothing else. On a GPU the step must be
+// over, and it is those of the step's last reduction.
+static inline double reduction_waited(const Reduction* r, int64_t step) {
+    int turn = (int)((step + 1) % 2);
+    if (!exchanges(r) || !device_is_gpu) { return r->waited[turn]; }
+    return max_of(0.0, 1e-3 * event_milliseconds(r->backward_done[turn], r->done[turn]));
 }
 
 // After the update: the weights go from those who have updated them to all, in the order of the forward pass.
@@ -621,8 +634,10 @@ static inline void reduction_free(Reduction* r) {
     transfer_free(&r->transfer);
     stream_destroy(r->stream);
     event_destroy(r->ready);
-    event_destroy(r->backward_done);
-    event_destroy(r->done);
+    for (int i = 0; i < 2; i++) {
+        event_destroy(r->backward_done[i]);
+        event_destroy(r->done[i]);
+    }
     for (int k = 0; k < r->partition.bucket_count; k++) { event_destroy(r->partition.buckets[k].arrived); }
     reduction_forget(r);
 }

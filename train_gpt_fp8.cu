@@ -1444,6 +1444,11 @@ static void open_data(Run* r) {
     resolve_vocabulary(r, r->train.vocab);
 }
 
+static void close_data(Run* r) {
+    loader_close(&r->train);
+    if (r->has_val) { loader_close(&r->val); }
+}
+
 // The micro-batches of a step
 static void resolve_global_batch(Run* r) {
     Args* a = &r->args;
@@ -1696,7 +1701,7 @@ static void show_step(Run* r, int64_t step, const StepRecord* record, double lr,
         if (sent[i] > 0) { add_int(comm, comm_names[i], (int64_t)sent[i]); }
     }
     json_object_object_add(o, "comm", comm);
-    add_double(o, "comm_wait_ms", 1e3 * reduction_waited(&r->model.reduction));
+    add_double(o, "comm_wait_ms", 1e3 * reduction_waited(&r->model.reduction, step));
     json_object_object_add(o, "fp8", sends_fp8(&r->model.reduction) ? fp8_statistics(&r->model) : NULL);
     if (r->args.log_tensors) { json_object_object_add(o, "tensors", tensor_statistics(&r->model)); }
     add_double(o, "loss_z", record->loss_z);
@@ -1814,7 +1819,7 @@ static void elementwise_bytes(const Model* m, double* forward, double* backward)
     if (is_last_stage(c)) { *forward += 2.0 * act * rows * c->padded_vocab / c->layout.tp + (3.0 * act) * own; }
 }
 
-static StageTimes stage_times(const Model* m, const Gpu* g, const PlanTraffic* t) {
+static StageTimes stage_times(const Model* m, const Gpu* g, const PlanTraffic* t, int micro_batches) {
     const RankLayout* y = &m->config.layout;
     StageTimes s = {};
     each_matmul(m, [&](MatmulCall call, int64_t forward, int64_t backward) {
@@ -1826,11 +1831,13 @@ static StageTimes stage_times(const Model* m, const Gpu* g, const PlanTraffic* t
     double forward, backward, tensor[TP_TRAFFICS];
     elementwise_bytes(m, &forward, &backward);
     tensor_traffic(m, tensor);
-    s.forward += bytes_seconds(g, forward) + sent_seconds(g, tensor[TP_X] + tensor[TP_Y] + tensor[TP_OTHER] / 2, y->tp);
-    s.backward += bytes_seconds(g, backward) + sent_seconds(g, tensor[TP_X_AGAIN] + tensor[TP_DY] + tensor[TP_DX] + tensor[TP_OTHER] / 2, y->tp);
-    int span = y->tp * y->pp * y->dp;  // replicas are the furthest apart
-    s.reduction = sent_seconds(g, t->gradients, span);
-    s.weights = sent_seconds(g, t->weights, span);
+    s.forward += bytes_seconds(g, forward) + sent_seconds(g, tensor[TP_X] + tensor[TP_Y] + tensor[TP_OTHER] / 2, y->tp, 1, false);
+    s.backward += bytes_seconds(g, backward) + sent_seconds(g, tensor[TP_X_AGAIN] + tensor[TP_DY] + tensor[TP_DX] + tensor[TP_OTHER] / 2, y->tp, 1, false);
+    int apart = y->tp * y->pp;  // replicas are the furthest apart
+    double exchanged = (double)(t->operations[ALL_TO_ALL] + t->operations[REGROUP]);
+    s.reduction = sent_seconds(g, t->gradients - exchanged, y->dp, apart, false) + sent_seconds(g, exchanged, y->dp, apart, true);
+    s.reductions = reduces_each(&m->reduction) ? micro_batches : 1;
+    s.weights = sent_seconds(g, t->weights, y->dp, apart, false);
     Traffic adamw = optimizer_traffic(&m->optimizer, &m->params);
     s.optimizer = bytes_seconds(g, 2.0 * adamw.updated + adamw.read + adamw.written);
     return s;
@@ -1880,7 +1887,7 @@ static void plan_side(Run* r, Matmul* matmuls, const Plan* p, PlanSide* side) {
             PlanTraffic traffic;
             rank_traffic(&r->model, r->micro_batches, &traffic);
             if (plan_traffic(&traffic) > sent) { sent = plan_traffic(&traffic); side->traffic = traffic; }
-            if (replica == 0 && p->gpu != NULL) { times.push_back(stage_times(&r->model, p->gpu, &traffic)); }
+            if (replica == 0 && p->gpu != NULL) { times.push_back(stage_times(&r->model, p->gpu, &traffic, r->micro_batches)); }
             double tensor[TP_TRAFFICS];
             tensor_traffic(&r->model, tensor);
             side->table7 = max_of(side->table7, tensor[TP_X] + tensor[TP_X_AGAIN] + tensor[TP_DX]);
@@ -1912,6 +1919,10 @@ static void resolve_planned(Run* r) {
     resolve_model(r);
     if (r->has_file) { llmc_close(&r->file); }
     resolve_vocabulary(r, r->args.vocab > 0 ? r->args.vocab : 50257);
+    if (r->args.train_data != NULL) {
+        open_data(r);
+        close_data(r);
+    }
     resolve_global_batch(r);
 }
 
@@ -1925,6 +1936,7 @@ static void make_plan(Run* r) {
     p.pp = r->layout.pp;
     p.tp = r->layout.tp;
     resolve_planned(r);
+    r->group.transport = p.dp == 1 ? ALONE : p.gpu != NULL ? OVER_NCCL : OVER_MPI;  // of the run
     char model[64], recipe[64];
     snprintf(model, sizeof(model), "%d layers × %d", r->config.layers, r->config.width);
     option_value_text(recipe, sizeof(recipe), option_of(&r->table.options, &a->recipe));
@@ -1951,6 +1963,7 @@ static void make_plan(Run* r) {
     whole.layout = RankLayout{};
     model_describe(&r->model, &whole, &r->group);
     p.parameters = params_total(&r->model.params);
+    p.vocab = r->config.vocab;
     model_forget(&r->model);
     plan_side(r, &matmuls, &p, &p.asked);
     set_baseline(r);
@@ -2079,8 +2092,7 @@ static void teardown(Run* r) {
     console_end_line(&r->console);
     model_free(&r->model, &r->memory);
     host_batch_free(&r->batch);
-    loader_close(&r->train);
-    if (r->has_val) { loader_close(&r->val); }
+    close_data(r);
     log_close(&r->log);
     group_free(&r->group);
     world_finalize(&r->world);

@@ -4,8 +4,8 @@
 // Memory in a plan is what the trainer's own allocation code asks for, run dry. Times are rooflines: a matmul takes its operations at the units' dense
 // peak or its bytes at the memory's bandwidth, whichever is longer, all else its bytes alone. Nothing real is faster, hence "at best".
 //
-// Ranks fill a node of 8 GPUs in their order, those that share a layer (tp) side by side, then the stages (pp), then the replicas (dp). A group whose
-// ranks span one node exchanges over NVLink, a larger one over the network. Each direction of a link carries its rate.
+// Ranks fill a node of 8 GPUs in their order, those that share a layer (tp) side by side, then the stages (pp), then the replicas (dp). A group within
+// a node exchanges over NVLink, a larger one over the networks of its GPUs (see sent_seconds). Each direction of a link carries its rate.
 #pragma once
 #include "collectives.cuh"  // CommOperation
 #include "log.h"            // text_bytes, make_valid_json
@@ -56,8 +56,13 @@ static inline const Gpu* gpu_by_device(const char* name) {
 
 static inline double bytes_seconds(const Gpu* g, double bytes) { return bytes / g->bandwidth; }
 
-// Bytes that a rank sends to others of a group whose first and last lie `span` ranks apart
-static inline double sent_seconds(const Gpu* g, double bytes, int span) { return bytes / (span <= GPUS_A_NODE ? g->link : g->network); }
+// Bytes that a rank sends within a group of `ranks` that lie `apart` ranks from each other. Over several nodes a ring crosses from each to the next once,
+// over the network of any of the group's GPUs there; in an `exchange` each rank sends by its own network what is for other nodes.
+static inline double sent_seconds(const Gpu* g, double bytes, int ranks, int apart, bool exchange) {
+    if (ranks * apart <= GPUS_A_NODE) { return bytes / g->link; }
+    int here = max_of(GPUS_A_NODE / apart, 1);  // of the group, in a node
+    return exchange ? bytes * (ranks - here) / (ranks - 1) / g->network : bytes / min_of(g->link, here * g->network);
+}
 
 static inline double copy_bytes(const GpuOperand* o, DType from) {
     return o->copy == GPU_AS_IS ? 0.0 : (double)o->bytes * (1.0 + (double)dtype_bytes(from) / dtype_bytes(o->dtype));
@@ -107,17 +112,20 @@ struct Plan {
     const Gpu* gpu;         // NULL: the CPU
     const char* model;
     int world, dp, tp, pp;
-    int64_t parameters, micro_batch, seq_len, micro_batches;
+    int64_t parameters, vocab, micro_batch, seq_len, micro_batches;
     double memory_limit;    // bytes of a rank
     double flops;           // of a step, as MFU counts them
     PlanSide asked, baseline;
 };
 
 // Least times of one stage: a micro-batch in each direction, tensor parallel traffic included; what it sends in a step; its optimizer
-struct StageTimes { double forward, backward, reduction, weights, optimizer; };
+struct StageTimes {
+    double forward, backward, reduction, weights, optimizer;
+    int reductions;  // of a step, each after a backward pass
+};
 
-// A step: all micro-batches through the pipeline. Gradients travel during the last backward pass, weights during the first forward pass; what is left of
-// both waits. What stages send each other travels while they compute.
+// A step: all micro-batches through the pipeline. Gradients travel during the last backward pass, or each one, weights during the first forward pass; what is
+// left of both waits. What stages send each other travels while they compute.
 static inline PlanTimes plan_times(const std::vector<StageTimes>& stages, int micro_batches) {
     PlanTimes t = {};
     std::vector<double> forward, backward;
@@ -130,7 +138,7 @@ static inline PlanTimes plan_times(const std::vector<StageTimes>& stages, int mi
             t.forward = x.forward;
             t.backward = x.backward;
         }
-        t.exposed = max_of(t.exposed, max_of(x.reduction - x.backward, 0.0) + max_of(x.weights - x.forward, 0.0));
+        t.exposed = max_of(t.exposed, max_of(x.reduction - x.reductions * x.backward, 0.0) + max_of(x.weights - x.forward, 0.0));
         t.optimizer = max_of(t.optimizer, x.optimizer);
     }
     t.passes = schedule_makespan((int)stages.size(), micro_batches, forward.data(), backward.data());
@@ -169,6 +177,11 @@ static inline void plan_side_json(json_object* o, const PlanSide* side) {
         {"gradients", t->gradients}, {"weights", t->weights}, {"tensor_parallel", plan_tensor_traffic(t)}, {"pipeline", t->pipeline}};
     for (auto& k : kinds) { json_object_object_add(traffic, k.name, json_object_new_int64((int64_t)llround(k.bytes))); }
     json_object_object_add(o, "traffic", traffic);
+    json_object* operations = json_object_new_object();
+    for (int i = 0; i < COMM_OPERATIONS; i++) {
+        if (t->operations[i] > 0) { json_object_object_add(operations, comm_names[i], json_object_new_int64((int64_t)t->operations[i])); }
+    }
+    json_object_object_add(o, "traffic_operations", operations);
     json_object_object_add(o, "table7", json_object_new_int64((int64_t)llround(side->table7)));
     json_object_object_add(o, "step_seconds", json_object_new_double(side->times.step));
     json_object_object_add(o, "largest_micro_batch", json_object_new_int64(side->largest_micro_batch));
@@ -178,7 +191,7 @@ static inline void plan_print_json(FILE* file, const Plan* p) {
     json_object* o = json_object_new_object();
     json_object_object_add(o, "recipe", json_object_new_string(p->asked.recipe));
     json_object_object_add(o, "gpu", json_object_new_string(p->gpu != NULL ? p->gpu->name : "none"));
-    const struct { const char* name; int64_t value; } numbers[] = {{"world", p->world}, {"dp", p->dp}, {"tp", p->tp}, {"pp", p->pp}, {"parameters", p->parameters},
+    const struct { const char* name; int64_t value; } numbers[] = {{"world", p->world}, {"dp", p->dp}, {"tp", p->tp}, {"pp", p->pp}, {"parameters", p->parameters}, {"vocab", p->vocab},
         {"micro_batch", p->micro_batch}, {"seq_len", p->seq_len}, {"micro_batches", p->micro_batches}};
     for (auto& n : numbers) { json_object_object_add(o, n.name, json_object_new_int64(n.value)); }
     plan_side_json(o, &p->asked);
@@ -211,7 +224,8 @@ static inline void plan_time_row(FILE* file, int indent, const char* name, doubl
 static inline void plan_print(FILE* file, const Plan* p) {
     const PlanSide *a = &p->asked, *b = &p->baseline;
     const char* device = p->gpu != NULL ? p->gpu->device : "this CPU";
-    fprintf(file, "plan of %s, %s parameters, on %d × %s: dp %d, pp %d, tp %d; in a step %" PRId64 " micro-batch%s of %" PRId64 " × %" PRId64 " tokens\n", p->model,
+    fprintf(file, "plan of %s, vocabulary %" PRId64 ", %s parameters, on %d × %s: dp %d, pp %d, tp %d; in a step %" PRId64
+            " micro-batch%s of %" PRId64 " × %" PRId64 " tokens\n", p->model, p->vocab,
             text_count((double)p->parameters).s, p->world, device, p->dp, p->pp, p->tp, p->micro_batches, p->micro_batches == 1 ? "" : "es", p->micro_batch, p->seq_len);
     plan_row(file, 0, "", a->recipe, "bf16", NAN);
     fprintf(file, "memory of the fullest rank, as allocated\n");

@@ -1026,7 +1026,8 @@ static void states_in_every_format_are_those_of_the_model(void**) {
     const std::vector<NarrowSpec> small[] = {{{129, E4M3, FP32}, {1, BF16, BF16}, {127, BF16, E4M3}},
                                              {{1, E4M3, E5M2}, {128, BF16, FP32}, {129, E4M3, BF16}},
                                              {{127, E4M3, E4M3}, {260, BF16, E5M2}, {1, E4M3, FP32}}};
-    each_combination([&](const Formats& f, size_t number) { follow_the_model(f, small[number % 3], 11, number + number / 4); });
+    int steps = getenv("SOAK") != NULL ? 200 : 11;
+    each_combination([&](const Formats& f, size_t number) { follow_the_model(f, small[number % 3], steps, number + number / 4); });
 }
 
 static void tensors_of_more_than_a_piece_are_those_of_the_model(void**) {

@@ -316,7 +316,7 @@ refuses_on() {
     done <<'EOT'
 --frobnicate 3 | unknown flag '--frobnicate'*
 --micro-batch 0 | --micro-batch: '0'*
--z 1 | -z of llm.c*
+-n 1 | -n of llm.c*
 --width 65 | --width: 65*
 --global-batch 128 | --global-batch: 128 tokens*2 ranks = 256*
 --train-data missing.bin | --train-data: missing.bin*

@@ -31,7 +31,7 @@ field() {
 }
 
 # plan FLAGS… [> FILE]: the plan, in time for a user who waits for it
-plan() { timeout 60 "$TRAIN" "$@"; }
+plan() { timeout 20 "$TRAIN" "$@"; }
 
 # near GOT WANT BOUND WHAT: relative
 near() {

@@ -62,9 +62,13 @@ static void matmuls_take_their_operations_or_their_bytes(void**) {
 }
 
 static void groups_within_a_node_use_its_links(void**) {
-    expect_near(sent_seconds(h100, 9e9, 2), 9e9 / 450e9, 1e-12, "2 ranks");
-    expect_near(sent_seconds(h100, 9e9, GPUS_A_NODE), 9e9 / 450e9, 1e-12, "a node");
-    expect_near(sent_seconds(h100, 9e9, GPUS_A_NODE + 1), 9e9 / 50e9, 1e-12, "more than a node");
+    expect_near(sent_seconds(h100, 9e9, 2, 1, false), 9e9 / 450e9, 1e-12, "2 ranks");
+    expect_near(sent_seconds(h100, 9e9, 2, 4, true), 9e9 / 450e9, 1e-12, "a node");
+    expect_near(sent_seconds(h100, 9e9, 2, 8, false), 9e9 / 50e9, 1e-12, "a rank a node");
+    expect_near(sent_seconds(h100, 9e9, 8, 4, false), 9e9 / 100e9, 1e-12, "two ranks a node share their networks in a ring");
+    expect_near(sent_seconds(h100, 9e9, 32, 1, false), 9e9 / 400e9, 1e-12, "eight do");
+    expect_near(sent_seconds(gpu_of(GPU_L40S), 9e9, 32, 1, false), 9e9 / 32e9, 1e-12, "but are not faster than their links");
+    expect_near(sent_seconds(h100, 31e9, 32, 1, true), 24e9 / 50e9, 1e-12, "in an exchange each sends what is for other nodes");
     expect_near(bytes_seconds(h100, 3.35e12), 1.0, 1e-12, "memory");
 }
 
@@ -97,7 +101,7 @@ static void an_imagined_gpu_plans_what_matmul_gpu_plan_says(void**) {
 
 static void a_step_is_the_pipeline_and_what_nothing_hides(void**) {
     // two stages, the second twice as slow: (K - 1)·(f + b) of the slow one, and once through both
-    PlanTimes t = plan_times({{1.0, 2.0, 1.5, 0.5, 0.25}, {2.0, 4.0, 7.0, 5.0, 0.125}}, 10);
+    PlanTimes t = plan_times({{1.0, 2.0, 1.5, 0.5, 0.25, 1}, {2.0, 4.0, 7.0, 5.0, 0.125, 1}}, 10);
     expect_near(t.passes, 9.0 * 6.0 + 3.0 + 6.0, 1e-9, "passes");
     expect_near(t.bubble, 3.0 / 63.0, 1e-9, "bubble");
     expect_near(t.exposed, 3.0 + 3.0, 1e-9, "exposed");
@@ -105,9 +109,11 @@ static void a_step_is_the_pipeline_and_what_nothing_hides(void**) {
     expect_near(t.step, 63.0 + 6.0 + 0.25, 1e-9, "step");
     expect_near(t.forward, 2.0, 1e-9, "forward of the slowest");
     expect_near(t.backward, 4.0, 1e-9, "backward of the slowest");
-    t = plan_times({{1.0, 2.0, 1.5, 0.5, 0.25}}, 1);
+    t = plan_times({{1.0, 2.0, 1.5, 0.5, 0.25, 1}}, 1);
     expect_near(t.step, 3.25, 1e-9, "one stage, all hidden");
     expect_near(t.bubble, 0.0, 1e-9, "one stage waits for nobody");
+    t = plan_times({{1.0, 2.0, 25.0, 0.5, 0.25, 10}}, 10);
+    expect_near(t.exposed, 5.0, 1e-9, "each of ten reductions beside a backward pass");
 }
 
 static Plan some_plan(void) {

@@ -47,7 +47,7 @@ static GptConfig config_of(int layers, DType act, bool fp8) {
 }
 
 // Past the 16 steps after which delayed scales come from the window
-static int steps_of_a_run(const Group* g) { return getenv("SOAK") != NULL ? 200 : g->size > 2 ? 24 : 50; }
+static int steps_of_a_run(const Group* g) { return getenv("SOAK") != NULL ? 200 : g->size > 4 ? 24 : 50; }
 
 // Most tokens follow from the one before
 static void fill_batch(HostBatch* batch, const GptConfig* c, int64_t first_sequence) {
