@@ -126,9 +126,10 @@ struct Reduction {
     float* scales;             // (ranks, scale_row)
     float* descales;           // (ranks, scale_row)
     uint32_t* sum_amax;        // (scale_row)
-    char* payload;             // (elements) of wire
+    char* payload;             // (elements) of wire; payload_bytes
     char* received;            // direct: (ranks, chunk) of wire; a ring over MPI: (the largest part)
-    float* sums;               // direct: (chunk), where they are not written where they stay
+    float* sums;               // direct: (chunk), where they are not written where they stay; sum_elements
+    size_t payload_bytes, sum_elements;
     float* regrouped;          // direct, ZeRO 2, whole tensors: (part) sums, before they are added
     // what is under way
     Transfer transfer;
@@ -247,6 +248,8 @@ static inline void reduction_allocate(Reduction* r, Memory* memory) {
         sums = max_of(sums, is_direct(r) && (zero_level(r) == 0 || b->whole) ? chunk_of(r, b) : 0);
         regrouped = max_of(regrouped, is_direct(r) && zero_level(r) == 2 && b->whole ? part_elements(p, b) : 0);
     }
+    r->payload_bytes = payload;
+    r->sum_elements = sums;
     allocate_accumulators(r, memory);
     r->accum_slots = memory_take<float>(memory, GRADIENTS, 4 * params);
     r->amax = memory_take<uint32_t>(memory, GRADIENTS, params);
@@ -285,7 +288,7 @@ static inline void reduction_start_up(Reduction* r) {
         r->backward_done[i] = timed_event_create();
         r->done[i] = timed_event_create();
     }
-    size_t largest = PART_BYTES, payload_bytes = 0, sums = 0;
+    size_t largest = PART_BYTES;
     for (int k = 0; k < p->bucket_count; k++) {
         Bucket* b = &p->buckets[k];
         b->arrived = event_create();
@@ -294,8 +297,6 @@ static inline void reduction_start_up(Reduction* r) {
         size_t bytes = b->elements * (size_t)dtype_bytes(b->wire), weights = zero_level(r) > 0 ? b->elements * (size_t)dtype_bytes(b->dtype) : 0;
         bool regroups = is_direct(r) && b->whole;
         largest = max_of(max_of(largest, bytes), max_of(weights, regroups ? max_of(chunk_of(r, b), part_elements(p, b)) * sizeof(float) : 0));
-        payload_bytes = max_of(payload_bytes, sent_as_it_is(b) ? 0 : bytes);
-        sums = max_of(sums, regroups ? chunk_of(r, b) : 0);
     }
     device_zero(r->amax, (size_t)n * sizeof(uint32_t), r->stream);
     run_rows(ResetSlots{r->accum_slots}, n, r->stream);
@@ -315,8 +316,8 @@ static inline void reduction_start_up(Reduction* r) {
         copy_to_device(r->mu, mu, (size_t)n * sizeof(float), r->stream);
         copy_to_device(r->tensor_params, params, (size_t)n * sizeof(int), r->stream);
         copy_to_device(r->elements, elements, (size_t)n * sizeof(double), r->stream);
-        device_zero(r->payload, payload_bytes, r->stream);  // what lies between tensors travels with them
-        device_zero(r->sums, sums * sizeof(float), r->stream);
+        device_zero(r->payload, r->payload_bytes, r->stream);  // what lies between tensors travels with them
+        device_zero(r->sums, r->sum_elements * sizeof(float), r->stream);
         device_zero(r->scales, (size_t)r->group->size * (size_t)r->scale_row * sizeof(float), r->stream);
         stream_sync(r->stream);
         free(mu);
