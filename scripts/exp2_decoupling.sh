@@ -4,7 +4,7 @@
 # Trains one small GPT with each row of formats and several seeds, everything else being the same: recipe fp8. Reports the mean loss of the last 20 steps
 # and the spread over seeds, and says of each claim whether it held: a difference counts where it is larger than the two spreads together.
 #
-#   scripts/exp2_decoupling.sh [--quick]    about 20 minutes on two cores; --quick (or QUICK=1) seconds, to see that it works
+#   scripts/exp2_decoupling.sh [--quick]    10 to 16 minutes on two cores; --quick (or QUICK=1) seconds, to see that it works
 #   DATA=FILE OUT=runs/exp2                 own text; where to write: exp2.csv, exp2.png, table.txt, verdict.txt (a line a claim), and each run's log
 #   SEEDS="1 2 3" STEPS=400 ROWS="#0 #2a"   seeds go round by round, so that every row has as many
 #   LAYERS HEADS WIDTH SEQ_LEN MICRO_BATCH LR WARMUP          of the model and its training
