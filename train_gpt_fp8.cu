@@ -133,6 +133,8 @@ static const RefusedFlag refused_flags[] = {
     {"h", "this version scores no multiple-choice files; leave the flag out"},
 };
 
+static const char* const precision_group = "Precision and memory";  // what a plan's baseline has of its own
+
 static void option_table(OptionTable* t, Args* a) {
     const Option items[] = {
         option_group("Data"),
@@ -165,7 +167,7 @@ static void option_table(OptionTable* t, Args* a) {
         option_double("eps", NULL, &a->eps, OPTION_ABOVE_0, 1.0, "F", "added to the root of the second moment"),
         option_double("skip-loss-z", "sl", &a->skip_loss_z, 0.0, 1e9, "F", "skip a step whose loss is more than F deviations above the last 128; 0: never"),
         option_double("skip-grad-z", "sg", &a->skip_grad_z, 0.0, 1e9, "F", "the same for the gradient norm"),
-        option_group("Precision and memory"),
+        option_group(precision_group),
         option_choice("recipe", NULL, &a->recipe, "fp8|fp8-lm|bf16|fp32", "R", "fp8: linear layers and gradients in FP8; fp8-lm: the same, gradients as in the paper; fp32: for tests"),
         option_choice("fp8-scaling", NULL, &a->fp8_scaling, "delayed|current", "S", "scales of X and dY: from the amaxes of the last 16 steps, or of the tensor itself"),
         option_choice("fp8-fwd", NULL, &a->fp8_fwd, "e4m3|e5m2", "F", "format of X"),
@@ -1905,7 +1907,7 @@ static void set_baseline(Run* r) {
     bool here = false;
     for (int i = 0; i < r->table.options.count; i++) {
         Option* o = &r->table.items[i];
-        if (o->type == OPTION_GROUP) { here = strcmp(o->name, "Precision and memory") == 0; continue; }
+        if (o->type == OPTION_GROUP) { here = o->name == precision_group; continue; }
         if (!here) { continue; }
         o->given = false;
         size_t bytes = o->type == OPTION_CHOICE ? sizeof(int) : o->type == OPTION_FLAG ? sizeof(bool) : o->type == OPTION_CUSTOM ? sizeof(Bf16Layers) : sizeof(int64_t);

@@ -209,7 +209,7 @@ static inline void plan_print_json(FILE* file, const Plan* p) {
 
 static inline void plan_row(FILE* file, int indent, const char* name, const char* asked, const char* baseline, double change) {
     fprintf(file, "%*s%s%*s %12s %12s", indent, "", name, max_of(36 - indent - columns_of(name), 1), "", asked, baseline);
-    if (isfinite(change)) { fprintf(file, " %+9.1f %%", 100.0 * change); }
+    if (isfinite(change) && change < 10.0) { fprintf(file, " %+9.1f %%", 100.0 * change); }
     fputc('\n', file);
 }
 static inline void plan_bytes_row(FILE* file, int indent, const char* name, double asked, double baseline) {
