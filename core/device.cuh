@@ -447,9 +447,9 @@ DEVICE void atomic_max(uint32_t* target, uint32_t value) {
 }
 
 // *target += value for integers, likewise
-DEVICE void atomic_add(uint32_t* target, uint32_t value) {
+DEVICE void atomic_add(uint64_t* target, uint64_t value) {
 #if defined(__CUDA_ARCH__)
-    atomicAdd(target, value);
+    atomicAdd((unsigned long long*)target, (unsigned long long)value);
 #else
     __atomic_fetch_add(target, value, __ATOMIC_RELAXED);
 #endif

@@ -160,7 +160,7 @@ DEVICE bool is_top_code(bf16) { return false; }  // overflow is inf there
 DEVICE bool is_top_code(float) { return false; }
 
 // Non-zero values whose code is 0, and codes at the maximum, of those sent; codes at the maximum of those reduced, where nothing else counts them
-struct CodeCounts { uint32_t underflow, saturated, reduced; };
+struct CodeCounts { uint64_t underflow, saturated, reduced; };
 
 template <class D, class A> struct QuantiseGradient {  // codes = D(x·descale·scale); counts += those of this tensor
     D* codes;
@@ -181,8 +181,8 @@ template <class D, class A> struct QuantiseGradient {  // codes = D(x·descale·
         }
         auto found = team.sum_pair(n, [=](auto c) { return count_codes(pd, c, load(px, c), k); });
         if (!team.leads()) { return; }
-        atomic_add(&counts->underflow, (uint32_t)found.a.v[0]);  // at most PIECE: exact in a float
-        atomic_add(&counts->saturated, (uint32_t)found.b.v[0]);
+        atomic_add(&counts->underflow, (uint64_t)found.a.v[0]);  // at most PIECE: exact in a float
+        atomic_add(&counts->saturated, (uint64_t)found.b.v[0]);
     }
     template <int N> static DEVICE VecPair<N> count_codes(D* codes, Range<N> c, Vec<N> v, float k) {
         Raw<D, N> r;
@@ -309,7 +309,7 @@ template <class D> struct AddReduced {  // sum = [sum] + codes·descale; *counts
         else { team.each(n, [=](auto c) { store(ps, c, load(pc, c) * k); }); }
         if (counts == NULL) { return; }
         auto found = team.sum_pair(n, [=](auto c) { return top_codes(load_raw(pc, c)); });
-        if (team.leads()) { atomic_add(&counts->reduced, (uint32_t)found.b.v[0]); }
+        if (team.leads()) { atomic_add(&counts->reduced, (uint64_t)found.b.v[0]); }
     }
     template <int N> static DEVICE VecPair<N> top_codes(Raw<D, N> r) {
         VecPair<N> found = {};
