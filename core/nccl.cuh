@@ -103,16 +103,6 @@ static inline void nccl_all_gather(ncclComm_t comm, void* data, size_t part_byte
     NCCL_CALL(comm, ncclAllGather((char*)data + (size_t)rank * part_bytes, data, part_bytes, ncclUint8, comm, stream));
 }
 
-static inline void nccl_all_to_all(ncclComm_t comm, void* received, const void* sent, size_t part_bytes, int size, Stream stream) {
-    nccl_check(ncclGroupStart(), comm, "ncclGroupStart", __FILE__, __LINE__);
-    for (int r = 0; r < size; r++) {
-        const char* from = (const char*)sent + (size_t)r * part_bytes;
-        nccl_check(ncclSend(from, part_bytes, ncclUint8, r, comm, stream), comm, "ncclSend", __FILE__, __LINE__);
-        nccl_check(ncclRecv((char*)received + (size_t)r * part_bytes, part_bytes, ncclUint8, r, comm, stream), comm, "ncclRecv", __FILE__, __LINE__);
-    }
-    NCCL_CALL(comm, ncclGroupEnd());
-}
-
 // Parts of unequal sizes; part r is bytes [begin(r), begin(r + 1)) of an array. Each goes from, or to, the rank that it belongs to.
 template <class Begin> static inline void nccl_all_gather_parts(ncclComm_t comm, void* data, Begin begin, int size, Stream stream) {
     nccl_check(ncclGroupStart(), comm, "ncclGroupStart", __FILE__, __LINE__);

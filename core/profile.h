@@ -93,9 +93,9 @@ struct MoveBytes {   // a row of floats, part of it for each kind of traffic
     }
 };
 
-// Times a pass that does nothing but move these bytes a step, the best of five, and prints it: no kernel with this traffic does without.
+// Seconds of a pass that does nothing but move these bytes, the best of five: no kernel with this traffic does without.
 // It takes 256 MiB, which no cache holds, or as much as the traffic has where that is less, and repeats them.
-static inline double profile_bytes_alone(FILE* f, const char* what, Traffic t, Stream stream) {
+static inline double seconds_of_bytes(Traffic t, Stream stream) {
     constexpr int ROW = 8192;  // floats: 32 KiB
     double bytes = t.updated + t.read + t.written;  // of different places
     int rows = (int)max_of(1.0, min_of(256.0 * 1024 * 1024, bytes) / (4.0 * ROW));
@@ -114,7 +114,11 @@ static inline double profile_bytes_alone(FILE* f, const char* what, Traffic t, S
     }
     device_free(move.p);
     device_free(move.sums);
-    double seconds = best * bytes / (4.0 * ROW * rows);
-    fprintf(f, "%s's bytes alone: %.3f ms a step (%.1f GB/s)\n", what, 1e3 * seconds, 1e-9 * (bytes + t.updated) / seconds);
-    return seconds;
+    return best * bytes / (4.0 * ROW * rows);
+}
+
+// Prints what these bytes take alone a step
+static inline void profile_bytes_alone(FILE* f, const char* what, Traffic t, Stream stream) {
+    double seconds = seconds_of_bytes(t, stream);
+    fprintf(f, "%s's bytes alone: %.3f ms a step (%.1f GB/s)\n", what, 1e3 * seconds, 1e-9 * (2.0 * t.updated + t.read + t.written) / seconds);
 }

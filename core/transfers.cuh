@@ -208,7 +208,12 @@ static inline void start_all_to_all(Transfer* t, void* received, void* sent, siz
     if (g->transport == ALONE) { return; }
     g->bytes_sent[counter] += part_bytes * ((uint64_t)g->size - 1);
 #ifdef NCCL_TRANSPORT
-    if (g->transport == OVER_NCCL) { nccl_all_to_all(g->nccl, received, sent, part_bytes, g->size, stream); return; }
+    if (g->transport == OVER_NCCL) {
+        auto at = [=](int r) { return (size_t)r * part_bytes; };
+        auto bytes = [=](int) { return part_bytes; };
+        nccl_exchange(g->nccl, received, sent, at, bytes, at, bytes, g->size, stream);
+        return;
+    }
 #endif
 #ifdef USE_MPI
     size_t bytes = part_bytes * (size_t)g->size;

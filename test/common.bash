@@ -33,6 +33,9 @@ have_mpi() {
     [ "$(id -u)" != 0 ] || mpi_flags+=(--allow-run-as-root)
 }
 
+# is_png FILE: it begins as a PNG does
+is_png() { [ "$(head -c 8 "$1" | od -An -tx1 | tr -d ' \n')" = 89504e470d0a1a0a ]; }
+
 # ---- data ----
 
 # text_file FILE LINES: sentences that a small model learns within a few dozen steps, 25 bytes each or so

@@ -34,7 +34,7 @@ setup() { cd "$BATS_TEST_DIRNAME/.." || return; }
     grep -qE $'^held\tours ends where #2a does, at fewer bytes\t' "$OUT/verdict.txt"
     grep -qE '^#2a +FP16 master' "$BATS_FILE_TMPDIR/output"
     command -v gnuplot > /dev/null || skip "no gnuplot here"
-    [ "$(head -c 8 "$OUT/exp2.png" | od -An -tx1 | tr -d ' \n')" = 89504e470d0a1a0a ]
+    is_png "$OUT/exp2.png"
 }
 
 @test "what cannot be run is refused" {

@@ -35,9 +35,8 @@ setup() { cd "$BATS_TEST_DIRNAME/.." || return; }
     grep -qE $'^held\truns allocate what was planned' "$OUT/verdict.txt"
     grep -qE '^175B +bf16 +flat .*\(65.60 66.12\) .*\(23.4\) .*\(5.9\)' "$BATS_FILE_TMPDIR/output"
     command -v gnuplot > /dev/null || skip "no gnuplot here"
-    [ "$(head -c 8 "$OUT/exp3.png" | od -An -tx1 | tr -d ' \n')" = 89504e470d0a1a0a ]
+    is_png "$OUT/exp3.png"
 }
-
 
 @test "what cannot be run is refused" {
     run --separate-stderr -2 env OUT="$BATS_TEST_TMPDIR/none" RANKS=1 scripts/exp3_zero.sh
