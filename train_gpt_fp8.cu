@@ -21,6 +21,7 @@
 #include "core/model_io.h"       // llm.c's model.bin
 #include "core/options.h"        // the option table
 #include "core/params.h"         // the table of parameters
+#include "core/topology.cuh"     // replicas, stages, ranks that share layers
 #include "core/plan.h"           // GPUs, rooflines, a pipeline's schedule, a plan and how it is printed
 #include <algorithm>
 #include <numeric>
@@ -240,13 +241,6 @@ static const Preset* find_preset(const char* name) {
 
 // ---- the model ----
 
-// Who holds what: tp ranks share each layer, pp stages the layers, and dp such groups the batch. Rank = (replica·pp + stage)·tp + tp_rank.
-struct RankLayout {
-    int dp = 1, pp = 1, tp = 1;
-    int stage = 0, tp_rank = 0;
-    int in_flight = 1;        // micro-batches of which this stage keeps what backward needs
-};
-
 struct GptConfig {
     int layers, heads, width;
     int vocab, padded_vocab;  // the latter a multiple of 128·tp; the tokens between are masked
@@ -269,6 +263,7 @@ struct GptConfig {
     DType dy_wire;            // of dY between the ranks of a layer
     uint64_t seed;
     RankLayout layout;
+    int in_flight = 1;        // micro-batches of which this stage keeps what backward needs
 };
 
 static int stage_layers(const GptConfig* c) { return c->layers / c->layout.pp; }
@@ -598,7 +593,7 @@ static void model_allocate(Model* m, Memory* memory) {
     m->sites.largest = memory_take<float>(memory, OPTIMIZER, sites);
     // what backward needs, of `kept` micro-batches one after the other. Between the layers' matmuls a rank of tp has its `own` rows of all channels, within
     // attention and MLP all rows of its `inner` channels.
-    size_t tp = (size_t)c->layout.tp, kept = (size_t)c->layout.in_flight, own = rows / tp, inner = C / tp;
+    size_t tp = (size_t)c->layout.tp, kept = (size_t)c->in_flight, own = rows / tp, inner = C / tp;
     float* slots = memory_take<float>(memory, ACTIVATIONS, 4 * ((size_t)layers * 4 * kept + 1));
     bool any_bf16_layer = false;
     for (int l = 0; l < layers; l++) { any_bf16_layer |= !m->layers[l].fp8; }
@@ -1755,7 +1750,7 @@ static void dry_run(Run* r, Matmul* matmuls, int stage, int replica, int64_t mic
     GptConfig c = r->config;
     c.B = (int)micro_batch;
     c.layout.stage = stage;
-    c.layout.in_flight = schedule_in_flight(c.layout.pp, stage, r->micro_batches);
+    c.in_flight = schedule_in_flight(c.layout.pp, stage, r->micro_batches);
     r->group.rank = replica;
     *memory = Memory{};
     model_describe(&r->model, &c, &r->group);
@@ -1764,37 +1759,37 @@ static void dry_run(Run* r, Matmul* matmuls, int stage, int replica, int64_t mic
     model_allocate(&r->model, memory);
 }
 
-// What a rank of tp sends the others for one micro-batch
-static void tensor_traffic(const Model* m, double bytes[TP_TRAFFICS]) {
+// What a rank of tp sends the others for one micro-batch, by operation
+static void tensor_traffic(uint64_t* bytes, const Model* m) {
     const GptConfig* c = &m->config;
-    double act = dtype_bytes(c->act), rows = rows_of(m), others = (c->layout.tp - 1) / (double)c->layout.tp, sent = rows * c->width * others;
-    for (int i = 0; i < TP_TRAFFICS; i++) { bytes[i] = 0.0; }
+    uint64_t act = (uint64_t)dtype_bytes(c->act), tp = (uint64_t)c->layout.tp, rows = (uint64_t)rows_of(m), sent = rows / tp * (uint64_t)c->width * (tp - 1);
     for (int l = 0; l < stage_layers(c); l++) {
         bool fp8 = m->layers[l].fp8;
-        double x = fp8 ? dtype_bytes(c->fp8_fwd) : act;
+        uint64_t x = fp8 ? (uint64_t)dtype_bytes(c->fp8_fwd) : act;
         bytes[TP_X] += 2 * x * sent;
         bytes[TP_X_AGAIN] += 2 * x * sent;
         bytes[TP_Y] += 2 * act * sent;
-        bytes[TP_DY] += 2 * (fp8 ? dtype_bytes(c->dy_wire) : act) * sent;
+        bytes[TP_DY] += 2 * (fp8 ? (uint64_t)dtype_bytes(c->dy_wire) : act) * sent;
         bytes[TP_DX] += 2 * act * sent;
     }
     if (is_first_stage(c)) { bytes[TP_OTHER] += 2 * act * sent; }  // embedding: rows forward, their gradients backward
-    if (is_last_stage(c)) { bytes[TP_OTHER] += 2 * act * sent + 2 * 3 * sizeof(float) * rows * others; }  // head; maxima, sums and targets of the loss
+    if (is_last_stage(c)) { bytes[TP_OTHER] += 2 * act * sent + 2 * 3 * sizeof(float) * rows / tp * (tp - 1); }  // head; maxima, sums and targets of the loss
 }
 
 static void rank_traffic(const Model* m, int micro_batches, PlanTraffic* t) {
     const GptConfig* c = &m->config;
-    double K = micro_batches, tp = c->layout.tp, C = c->width;
+    uint64_t K = (uint64_t)micro_batches, tp = (uint64_t)c->layout.tp, C = (uint64_t)c->width;
     *t = PlanTraffic{};
     reduction_traffic(t->operations, &m->reduction, micro_batches);
-    for (int i = 0; i < COMM_OPERATIONS; i++) { (i == WEIGHTS_GATHER ? t->weights : t->gradients) += (double)t->operations[i]; }
-    tensor_traffic(m, t->tensor);
-    for (double& bytes : t->tensor) { bytes *= K; }
-    double whole = stage_layers(c) * 6.0 * C + (is_last_stage(c) ? 2.0 * C : 0.0);  // vectors that all of tp have, of whose gradients each has its rows' part
-    t->tensor[TP_OTHER] += 2.0 * (tp - 1.0) / tp * whole * sizeof(float);
-    double neighbours = !is_first_stage(c) + !is_last_stage(c);
-    t->pipeline = K * neighbours * rows_of(m) / tp * C * dtype_bytes(c->act);
-    if (c->tied && neighbours == 1.0) { t->pipeline += (double)param_elements(m->wte) * dtype_bytes(m->wte->wire); }  // between first and last stage
+    uint64_t tensor[COMM_OPERATIONS] = {};
+    tensor_traffic(tensor, m);
+    for (int i = 0; i < COMM_OPERATIONS; i++) { t->operations[i] += K * tensor[i]; }
+    uint64_t whole = (uint64_t)stage_layers(c) * 6 * C + (is_last_stage(c) ? 2 * C : 0);  // vectors that all of tp have, of whose gradients each has its rows' part
+    t->operations[TP_OTHER] += 2 * (tp - 1) * whole * sizeof(float) / tp;
+    uint64_t neighbours = !is_first_stage(c) + !is_last_stage(c);
+    t->operations[PIPELINE] = K * neighbours * (uint64_t)rows_of(m) / tp * C * (uint64_t)dtype_bytes(c->act);
+    if (c->tied && neighbours == 1) { t->operations[PIPELINE] += param_elements(m->wte) * (uint64_t)dtype_bytes(m->wte->wire); }  // between first and last stage
+    plan_sort_traffic(t);
 }
 
 // Bytes that everything but matmuls reads and writes in a micro-batch, each tensor once a kernel
@@ -1830,11 +1825,12 @@ static StageTimes stage_times(const Model* m, const Gpu* g, const PlanTraffic* t
         s.forward += (double)forward * seconds;
         s.backward += (double)backward * seconds;
     });
-    double forward, backward, tensor[TP_TRAFFICS];
+    double forward, backward;
+    uint64_t tensor[COMM_OPERATIONS] = {};
     elementwise_bytes(m, &forward, &backward);
-    tensor_traffic(m, tensor);
-    s.forward += bytes_seconds(g, forward) + sent_seconds(g, tensor[TP_X] + tensor[TP_Y] + tensor[TP_OTHER] / 2, y->tp, 1, false);
-    s.backward += bytes_seconds(g, backward) + sent_seconds(g, tensor[TP_X_AGAIN] + tensor[TP_DY] + tensor[TP_DX] + tensor[TP_OTHER] / 2, y->tp, 1, false);
+    tensor_traffic(tensor, m);
+    s.forward += bytes_seconds(g, forward) + sent_seconds(g, (double)(tensor[TP_X] + tensor[TP_Y] + tensor[TP_OTHER] / 2), y->tp, 1, false);
+    s.backward += bytes_seconds(g, backward) + sent_seconds(g, (double)(tensor[TP_X_AGAIN] + tensor[TP_DY] + tensor[TP_DX] + tensor[TP_OTHER] / 2), y->tp, 1, false);
     int apart = y->tp * y->pp;  // replicas are the furthest apart
     double exchanged = (double)(t->operations[ALL_TO_ALL] + t->operations[REGROUP]);
     s.reduction = sent_seconds(g, t->gradients - exchanged, y->dp, apart, false) + sent_seconds(g, exchanged, y->dp, apart, true);
@@ -1890,9 +1886,9 @@ static void plan_side(Run* r, Matmul* matmuls, const Plan* p, PlanSide* side) {
             rank_traffic(&r->model, r->micro_batches, &traffic);
             if (plan_traffic(&traffic) > sent) { sent = plan_traffic(&traffic); side->traffic = traffic; }
             if (replica == 0 && p->gpu != NULL) { times.push_back(stage_times(&r->model, p->gpu, &traffic, r->micro_batches)); }
-            double tensor[TP_TRAFFICS];
-            tensor_traffic(&r->model, tensor);
-            side->table7 = max_of(side->table7, tensor[TP_X] + tensor[TP_X_AGAIN] + tensor[TP_DX]);
+            uint64_t tensor[COMM_OPERATIONS] = {};
+            tensor_traffic(tensor, &r->model);
+            side->table7 = max_of(side->table7, (double)(tensor[TP_X] + tensor[TP_X_AGAIN] + tensor[TP_DX]));
             model_forget(&r->model);
         }
     }

@@ -44,16 +44,18 @@ struct World {
 
 enum Transport { ALONE, OVER_MPI, OVER_MPI_STAGED, OVER_NCCL };
 
-// What bytes are counted under: the operation, but exchanges of scales, the gradients of vectors, and weights by themselves
+// What bytes are counted under: the operation, but exchanges of scales, the gradients of vectors, and weights by themselves; what the ranks of a layer
+// (tensor parallel) exchange by purpose: X into a column-parallel linear layer, again for its weight gradient, the sum of a row-parallel one's Y, dY into
+// its backward, the sum of dX, scales, and what else (embedding, head, loss, gradients of norms); and what the stages of a pipeline send each other
 enum CommOperation {
     ALL_REDUCE_SUM, ALL_REDUCE_MAX, SCALES, VECTORS, REDUCE_SCATTER, ALL_TO_ALL, REGROUP, ALL_GATHER, WEIGHTS_GATHER, BROADCAST, HOST_BROADCAST,
-    HOST_ALL_REDUCE_SUM, HOST_ALL_GATHER, COMM_OPERATIONS,
+    HOST_ALL_REDUCE_SUM, HOST_ALL_GATHER, TP_X, TP_X_AGAIN, TP_Y, TP_DY, TP_DX, TP_SCALES, TP_OTHER, PIPELINE, COMM_OPERATIONS,
     NOT_COUNTED = COMM_OPERATIONS
 };
 
 static const char* const comm_names[COMM_OPERATIONS] = {
     "all_reduce_sum", "all_reduce_max", "scales", "vectors", "reduce_scatter", "all_to_all", "regroup", "all_gather", "weights", "broadcast",
-    "host_broadcast", "host_all_reduce_sum", "host_all_gather"
+    "host_broadcast", "host_all_reduce_sum", "host_all_gather", "tp_x", "tp_x_again", "tp_y", "tp_dy", "tp_dx", "tp_scales", "tp_other", "pipeline"
 };
 
 constexpr size_t COMM_BROADCAST_BYTES = 16 * 1024 * 1024;   // a broadcast is cut into these: MPI counts with int

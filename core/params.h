@@ -9,6 +9,9 @@
 // What decides a tensor's format: MATRIX is an input of an FP8 matmul where the recipe says so; EMBEDDING and VECTOR stay in the activations' type.
 enum FormatClass { MATRIX, EMBEDDING, VECTOR };
 
+// How the ranks of a layer (tensor parallel) share a tensor: each has all of it, some of its rows, or some of its columns
+enum TpAxis { TP_WHOLE, TP_ROWS, TP_COLS };
+
 constexpr int STATE_BLOCK = 128;  // elements of an optimizer state that share an exponent, where blocks have scales of their own
 
 // Master weight, first or second moment of what this rank keeps of a parameter, (own_count) on the device. FP16 and FP8 are values times a power of two: one a tensor, in a slot
@@ -25,6 +28,12 @@ struct Param {
     int64_t rows, cols;  // (rows, cols) row-major as stored; a vector has one row
     int64_t valid_rows;  // rows beyond are padding (vocabulary): they stay zero
     FormatClass format_class;
+    int number;          // of the tensor within the table of the whole model: what its random bits depend on
+    TpAxis tp_axis;      // (rows, cols) are this rank's share of it, of tp_ranks equal ones, of which it is number tp_rank
+    int tp_rank, tp_ranks;
+    int segments;        // TP_ROWS: tensors of equal size, one below the other, of each of which a rank has its share: 3 of queries, keys and values
+    bool partial;        // gradients are of this rank's own rows of the batch: the ranks of a layer add theirs up before replicas do
+    bool counted;        // in the global norm: of the ranks that hold the same values one counts them
     int layer;           // -1: outside the layers, before them; the layer count: after them
     bool decay;          // weight decay applies
     float init_std;      // drawn from N(0, init_std²) where > 0, else set to init_value
@@ -55,10 +64,21 @@ static_assert(PARAM_ALIGNMENT % STATE_BLOCK == 0, "blocks do not straddle tensor
 struct ParamTable {
     Param items[MAX_PARAMS];
     int count;
+    int next_number;  // of the tensor that is added next
     size_t elements;  // of all together, paddings included
 };
 
 static inline size_t param_elements(const Param* p) { return (size_t)(p->rows * p->cols); }
+
+// The number of this rank's element i within the whole tensor; `run` elements from there on, at most, are neighbours in both
+static inline uint64_t whole_element(const Param* p, uint64_t i) {
+    uint64_t cols = (uint64_t)p->cols, row = i / cols, col = i % cols, share = (uint64_t)(p->rows / p->segments), ranks = (uint64_t)p->tp_ranks, rank = (uint64_t)p->tp_rank;
+    switch (p->tp_axis) {
+        case TP_ROWS: return ((row / share * ranks + rank) * share + row % share) * cols + col;
+        case TP_COLS: return (row * ranks + rank) * cols + col;
+        default: return i;
+    }
+}
 
 static inline Param* param_add(ParamTable* table, const char* name, int layer, int64_t rows, int64_t cols, FormatClass format_class, DType dtype) {
     if (table->count == MAX_PARAMS) { die("more than %d parameters", MAX_PARAMS); }
@@ -69,6 +89,9 @@ static inline Param* param_add(ParamTable* table, const char* name, int layer, i
     p->cols = cols;
     p->valid_rows = rows;
     p->format_class = format_class;
+    p->number = table->next_number++;
+    p->tp_ranks = p->segments = 1;
+    p->counted = true;
     p->layer = layer;
     p->decay = rows > 1;
     p->dtype = dtype;

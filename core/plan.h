@@ -79,17 +79,33 @@ static inline double matmul_seconds(const Gpu* g, const MatmulCall* c) {
 
 // ---- a plan ----
 
-// What the ranks of a layer (tp) exchange for a linear layer pair: X into a column-parallel one, again for its weight gradient, the sum of the row-parallel one's Y,
-// dY into its backward, the sum of dX; and what else: embedding, head, loss, norms' gradients.
-enum TensorParallelTraffic { TP_X, TP_X_AGAIN, TP_Y, TP_DY, TP_DX, TP_OTHER, TP_TRAFFICS };
-static const char* const tp_traffic_names[TP_TRAFFICS] = {"gather X", "gather X again", "sum Y", "gather dY", "sum dX", "embedding, head, norms"};
+// In the words of people
+static const char* tensor_parallel_name(int operation) {
+    switch (operation) {
+        case TP_X: return "gather X";
+        case TP_X_AGAIN: return "gather X again";
+        case TP_Y: return "sum Y";
+        case TP_DY: return "gather dY";
+        case TP_DX: return "sum dX";
+        case TP_SCALES: return "scales";
+        case TP_OTHER: return "embedding, head, norms";
+        default: return NULL;
+    }
+}
 
 struct PlanTraffic {        // bytes that a rank sends in a step
-    uint64_t operations[COMM_OPERATIONS];  // of the reduction of gradients and the distribution of weights
-    double gradients, weights;             // the same, by purpose
-    double tensor[TP_TRAFFICS];
-    double pipeline;
+    uint64_t operations[COMM_OPERATIONS];
+    double gradients, weights, tensor, pipeline;  // by purpose
 };
+
+// The purposes from the operations
+static inline void plan_sort_traffic(PlanTraffic* t) {
+    t->gradients = t->weights = t->tensor = t->pipeline = 0.0;
+    for (int i = 0; i < COMM_OPERATIONS; i++) {
+        double* purpose = tensor_parallel_name(i) != NULL ? &t->tensor : i == WEIGHTS_GATHER ? &t->weights : i == PIPELINE ? &t->pipeline : &t->gradients;
+        *purpose += (double)t->operations[i];
+    }
+}
 
 struct PlanTimes {          // seconds
     double forward, backward;  // of a micro-batch on the slowest stage, tensor parallel traffic included
@@ -152,12 +168,7 @@ static inline uint64_t plan_total(const uint64_t* memory) {
     for (int i = 0; i < MEMORY_CATEGORIES; i++) { total += memory[i]; }
     return total;
 }
-static inline double plan_tensor_traffic(const PlanTraffic* t) {
-    double sum = 0.0;
-    for (double bytes : t->tensor) { sum += bytes; }
-    return sum;
-}
-static inline double plan_traffic(const PlanTraffic* t) { return t->gradients + t->weights + plan_tensor_traffic(t) + t->pipeline; }
+static inline double plan_traffic(const PlanTraffic* t) { return t->gradients + t->weights + t->tensor + t->pipeline; }
 
 // ---- as JSON ----
 
@@ -174,7 +185,7 @@ static inline void plan_side_json(json_object* o, const PlanSide* side) {
     json_object_object_add(o, "memory_min", plan_memory_json(side->memory_min));
     json_object* traffic = json_object_new_object();
     const struct { const char* name; double bytes; } kinds[] = {
-        {"gradients", t->gradients}, {"weights", t->weights}, {"tensor_parallel", plan_tensor_traffic(t)}, {"pipeline", t->pipeline}};
+        {"gradients", t->gradients}, {"weights", t->weights}, {"tensor_parallel", t->tensor}, {"pipeline", t->pipeline}};
     for (auto& k : kinds) { json_object_object_add(traffic, k.name, json_object_new_int64((int64_t)llround(k.bytes))); }
     json_object_object_add(o, "traffic", traffic);
     json_object* operations = json_object_new_object();
@@ -243,11 +254,16 @@ static inline void plan_print(FILE* file, const Plan* p) {
         fprintf(file, "sent in a step by the rank that sends most\n");
         plan_bytes_row(file, 2, "gradients", a->traffic.gradients, b->traffic.gradients);
         plan_bytes_row(file, 2, "weights", a->traffic.weights, b->traffic.weights);
-        for (int i = 0; i < COMM_OPERATIONS; i++) {
-            plan_bytes_row(file, 4, comm_names[i], (double)a->traffic.operations[i], (double)b->traffic.operations[i]);
-        }
-        plan_bytes_row(file, 2, "tensor parallel", plan_tensor_traffic(&a->traffic), plan_tensor_traffic(&b->traffic));
-        for (int i = 0; i < TP_TRAFFICS; i++) { plan_bytes_row(file, 4, tp_traffic_names[i], a->traffic.tensor[i], b->traffic.tensor[i]); }
+        auto operations = [&](bool tensor_parallel) {
+            for (int i = 0; i < COMM_OPERATIONS; i++) {
+                const char* name = tensor_parallel_name(i);
+                if (i == PIPELINE || (name != NULL) != tensor_parallel) { continue; }
+                plan_bytes_row(file, 4, name != NULL ? name : comm_names[i], (double)a->traffic.operations[i], (double)b->traffic.operations[i]);
+            }
+        };
+        operations(false);
+        plan_bytes_row(file, 2, "tensor parallel", a->traffic.tensor, b->traffic.tensor);
+        operations(true);
         plan_bytes_row(file, 2, "pipeline", a->traffic.pipeline, b->traffic.pipeline);
         plan_bytes_row(file, 2, "activations of a micro-batch", a->table7, b->table7);
     }

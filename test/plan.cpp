@@ -138,11 +138,13 @@ static Plan some_plan(void) {
             x->memory[i] = (uint64_t)(1000 * (s + 1) + i) << 20;
             x->memory_min[i] = (uint64_t)(500 * (s + 1) + i) << 20;
         }
-        x->traffic.operations[REDUCE_SCATTER] = 111;
-        x->traffic.gradients = 100.0 * (s + 1);
-        x->traffic.weights = 50.0;
-        for (int i = 0; i < TP_TRAFFICS; i++) { x->traffic.tensor[i] = 10.0 * (i + 1); }
-        x->traffic.pipeline = 5.0;
+        uint64_t* sent = x->traffic.operations;
+        sent[REDUCE_SCATTER] = 100 * (uint64_t)(s + 1);
+        sent[WEIGHTS_GATHER] = 50;
+        const CommOperation tensor_parallel[] = {TP_X, TP_X_AGAIN, TP_Y, TP_DY, TP_DX, TP_OTHER};
+        for (int i = 0; i < 6; i++) { sent[tensor_parallel[i]] = 10 * ((uint64_t)i + 1); }
+        sent[PIPELINE] = 5;
+        plan_sort_traffic(&x->traffic);
         x->table7 = 77.0;
         x->times = PlanTimes{1.0, 2.0, 30.0, 0.25, 0.5, 0.125, s == 0 ? 30.625 : NAN};
         x->largest_micro_batch = s == 0 ? 9 : 0;
