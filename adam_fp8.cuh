@@ -2,8 +2,9 @@
 //
 // After the gradients of a step are reduced over ranks, these run, and the host waits for none of them:
 //   1. the squared norm: partial sums over fixed pieces of 4096 elements of each tensor, added in float64 by a fixed tree a tensor, then in the tensors' order, so that the value
-//      does not depend on how tensors are spread over threads or ranks: a piece is added up by the rank that keeps it, and all ranks get all pieces' sums. A gradient in FP8 is read
-//      as codes; its descale enters with the tensor's sum. The same pass counts the codes at the maximum, which steer the headroom of the reduction;
+//      does not depend on how tensors are spread over threads or replicas: a piece is added up by the rank that keeps it, and all replicas get all pieces' sums. A gradient in FP8 is read
+//      as codes; its descale enters with the tensor's sum. The same pass counts the codes at the maximum, which steer the headroom of the reduction. Shares and stages are then added
+//      over the whole world, each tensor once however many ranks hold it, together with the ranks' shares of the loss;
 //   2. the decision, on the device, alike on every rank: a step whose loss or norm is not finite, or stands out by more than the allowed z-score from
 //      the last 128 steps, is skipped and leaves no trace in weights, moments or bias corrections (a value that is not finite does not enter the
 //      windows either). Its outcome is a record that the host reads while the next step runs;
@@ -13,7 +14,8 @@
 //      weight takes its scale from this step's amax, so it is written in a second pass.
 //
 // With ZeRO a rank does this for the stretch of each tensor that it keeps (core/partition.h). Scales belong to the whole tensor: the amaxes of all tensors are exchanged once, between
-// the two passes. The weights come back to all ranks afterwards (comm.cuh).
+// the two passes, between the replicas and between the ranks that share layers. The weights come back to all replicas afterwards (comm.cuh). Blocks of 128 run along what a rank
+// holds: they are those of the whole tensor where its rows are multiples of 128 there.
 //
 // Master and moments may each be in FP32, BF16, FP16, E4M3 or E5M2 (FP8-LM's precision decoupling), v in UE5M3 too. The arithmetic is always FP32. FP16 and FP8 have scales: one
 // a tensor, for which a first pass over all tensors finds the new amaxes and a second writes; or one a block of 128 elements, made in the same pass. No FP32 copy of a tensor exists.
@@ -118,6 +120,21 @@ struct AddPieces {      // squares[i] = Σ of the pieces of tensor i in float64,
     }
 };
 
+struct AddTotals {      // totals = {Σ squares of the tensors that this rank counts, in their order; its share of the loss}
+    double* totals;
+    const double* squares;
+    const uint8_t* counted;  // (tensors)
+    const float* loss;
+    int tensors;
+    template <class Team> DEVICE void operator()(Team team, int) const {
+        if (!team.leads()) { return; }
+        double squared = 0.0;
+        for (int i = 0; i < tensors; i++) { squared += counted[i] ? squares[i] : 0.0; }
+        totals[0] = squared;
+        totals[1] = (double)*loss;
+    }
+};
+
 struct DecisionRules {
     double beta1, beta2;
     float clip;                 // 0: none
@@ -126,18 +143,14 @@ struct DecisionRules {
 
 struct Decide {
     OptimizerState* state;
-    const double* sums;         // (tensors) squared norms
-    const float* loss;          // mean over the global batch
-    int tensors;
+    const double* totals;       // of the whole model: squared norm, and mean loss of the global batch
     DecisionRules rules;
     template <class Team> DEVICE void operator()(Team team, int) const {
         if (!team.leads()) { return; }
         OptimizerState* o = state;
         StepRecord* r = &o->record;
-        double squared = 0.0;
-        for (int i = 0; i < tensors; i++) { squared += sums[i]; }
-        r->grad_norm = sqrt(squared);
-        r->loss = (double)*loss;
+        r->grad_norm = sqrt(totals[0]);
+        r->loss = totals[1];
         bool loss_ok = is_finite(r->loss), norm_ok = is_finite(r->grad_norm);
         if (loss_ok && norm_ok) {  // a step that is thrown away for one must not count in the other's window
             r->loss_z = outlier_score(&o->losses, r->loss);
@@ -283,11 +296,13 @@ struct AdamUpdateNarrow {
     AdamRates rates;
     size_t elements;
     RandomKey key;                // of this step; what random bits depend on, with
-    size_t first_element;         // the number of the first within the tensor
+    ElementMap whole;             // the number of an element within the whole tensor,
+    size_t first_element;         // from that of the first within this rank's share
     template <class Team> DEVICE void operator()(Team team, int piece) const {
         if (!state->apply) { return; }
         size_t first = (size_t)piece * PIECE;
-        uint64_t at = first_element + first;
+        uint64_t here = first_element + first;
+        ElementMap number = whole;
         StateView sw = from_element(master, first), sm = from_element(m, first), sv = from_element(v, first);
         const char* g_at = grad + first * (size_t)dtype_bytes(grad_dtype);
         char* w_at = weight == NULL ? NULL : weight + first * (size_t)dtype_bytes(weight_dtype);
@@ -300,7 +315,8 @@ struct AdamUpdateNarrow {
         team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) {
             auto w = sw.read(c, count, measured), m1 = sm.read(c, count, measured), v1 = sv.read(c, count, measured);
             auto g = load_as(grad_dtype, g_at, c, count, factor);
-            auto random = draw ? random_pack(key_of_step, c, at) : decltype(random_pack(key_of_step, c, at)){};
+            auto random = decltype(random_pack(key_of_step, c, 0)){};
+            if (draw) { random = random_pack(key_of_step, c, number(here + c.i) - c.i); }
             StateExtents e = adam_step(w, m1, v1, g, a, c1, c2);
             top_w = max_of(top_w, e.w.high);
             top_m = max_of(top_m, e.m.high);
@@ -390,8 +406,9 @@ struct OptimizerConfig {
 
 struct Optimizer {
     OptimizerConfig config;
-    Group* group;
-    bool partitioned;         // the ranks of the group keep different parts of the tensors; else `group` is not used
+    Group *data, *tensor, *world;  // replicas of what this rank holds; ranks that share its tensors; all. NULL: this rank alone
+    bool partitioned;         // replicas keep different parts of the tensors
+    int replica;              // they end up with the same gradients: the first counts them
     OptimizerState* state;    // device
     int64_t updates;          // so far, skipped ones too: what random bits depend on
     int64_t pieces;           // of all tensors, for the norm
@@ -399,6 +416,8 @@ struct Optimizer {
     float* partial_tops;      // (pieces) codes at the maximum; after those
     double* squares;          // (tensors)
     double* tops;             // (tensors)
+    double* totals;           // (2) squared norm and loss
+    uint8_t* counted;         // (tensors) does this rank count it in the norm?
     int64_t* first_piece;     // (tensors + 1)
     uint32_t* amaxes;         // (tensors, 3) of new master, m and v
 };
@@ -441,6 +460,8 @@ static inline void optimizer_allocate(Optimizer* o, ParamTable* table, bool weig
     o->partial_tops = o->partial + (memory->committed ? pieces : 0);
     o->squares = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
     o->tops = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
+    o->totals = memory_take<double>(memory, OPTIMIZER, 2);
+    o->counted = memory_take<uint8_t>(memory, OPTIMIZER, (size_t)table->count);
     o->first_piece = memory_take<int64_t>(memory, OPTIMIZER, (size_t)table->count + 1);
     o->amaxes = memory_take<uint32_t>(memory, OPTIMIZER, 3 * (size_t)table->count);
 }
@@ -450,9 +471,14 @@ static inline void optimizer_reset(Optimizer* o, ParamTable* table, Stream s) {
     OptimizerState state = {};
     state.beta1_power = state.beta2_power = 1.0;
     int64_t* first = (int64_t*)host_alloc(((size_t)table->count + 1) * sizeof(int64_t));
+    uint8_t* counted = (uint8_t*)host_alloc((size_t)table->count);
     first[0] = 0;
-    for (int i = 0; i < table->count; i++) { first[i + 1] = first[i] + norm_pieces(&table->items[i]); }
+    for (int i = 0; i < table->count; i++) {
+        first[i + 1] = first[i] + norm_pieces(&table->items[i]);
+        counted[i] = table->items[i].counted && o->replica == 0;
+    }
     copy_to_device(o->state, &state, sizeof(state), s);
+    copy_to_device(o->counted, counted, (size_t)table->count, s);
     copy_to_device(o->first_piece, first, ((size_t)table->count + 1) * sizeof(int64_t), s);
     for (int i = 0; i < table->count; i++) {
         Param* p = &table->items[i];
@@ -467,9 +493,20 @@ static inline void optimizer_reset(Optimizer* o, ParamTable* table, Stream s) {
     o->updates = 0;
     stream_sync(s);
     free(first);
+    free(counted);
 }
 
 static inline uint32_t* amaxes_of(const Optimizer* o, const ParamTable* table, const Param* p) { return o->amaxes + 3 * (p - table->items); }
+
+static inline bool is_shared(const Group* g) { return g != NULL && g->size > 1; }
+
+// The amaxes of what this rank keeps become those of the whole tensors
+static inline void share_amaxes(Optimizer* o, const ParamTable* table, Stream s) {
+    size_t n = 3 * (size_t)table->count;
+    if (o->partitioned) { all_reduce_max(o->data, (float*)o->amaxes, n, s); }
+    if (is_shared(o->tensor)) { all_reduce_max(o->tensor, (float*)o->amaxes, n, s); }
+}
+
 // What this rank keeps of the forward pass's weight
 static inline void* own_weight(const Param* p) { return advance(p->weight, p->dtype, p->own_first); }
 
@@ -501,17 +538,24 @@ static inline void optimizer_cast_weights(Optimizer* o, ParamTable* table, Strea
         if (!is_fp8(p->dtype) || p->own_count == 0) { continue; }
         run_rows(MasterAmax{amaxes_of(o, table, p), view_of(&p->master, NEAREST), p->own_count}, pieces_of(p->own_count), s);
     }
-    if (o->partitioned) { all_reduce_max(o->group, (float*)o->amaxes, 3 * (size_t)table->count, s); }
+    share_amaxes(o, table, s);
     weights_from_masters(o, table, NULL, s);
 }
 
-// What this rank keeps of the master of one parameter, from the FP32 values of all of it on the host. optimizer_cast_weights goes after it.
-static inline void optimizer_set_master(Param* p, const float* values, Stream s) {
+// What this rank keeps of the master of one parameter, from the FP32 values of its share on the host. All of `tensor`, who have the other shares (NULL:
+// nobody), call this together. optimizer_cast_weights goes after it.
+static inline void optimizer_set_master(Param* p, const float* values, Group* tensor, Stream s) {
     size_t n = p->own_count, blocks = ceil_div(n, (size_t)STATE_BLOCK), bytes = n * (size_t)dtype_bytes(p->master.dtype);
     float slot[4] = {1.0f, 1.0f, 1.0f, 0.0f};
     if (p->master.slot != NULL) {
         uint32_t top = 0;
         for (size_t i = 0; i < param_elements(p); i++) { top = max_of(top, magnitude_bits(values[i])); }
+        if (is_shared(tensor)) {
+            uint32_t* tops = (uint32_t*)host_alloc((size_t)tensor->size * sizeof(uint32_t));
+            host_all_gather(tensor, tops, &top, sizeof(top));
+            for (int r = 0; r < tensor->size; r++) { top = max_of(top, tops[r]); }
+            free(tops);
+        }
         set_slot(slot, scale_from_amax(bits_to_float(top), largest_of(p->master.dtype), 0, 1.0f));
         copy_to_device(p->master.slot, slot, sizeof(slot), s);
         stream_sync(s);
@@ -532,7 +576,7 @@ static inline void optimizer_set_master(Param* p, const float* values, Stream s)
     free(exponents);
 }
 
-// One step from the reduced gradients of all parameters and the mean loss of the global batch, in two halves. No host synchronisation.
+// One step from the reduced gradients of all parameters and this rank's share of the mean loss of the global batch, in two halves. No host synchronisation.
 // First: norm and decision. `slots`: (params, 4) of the gradients.
 static inline void optimizer_decide(Optimizer* o, const ParamTable* table, const float* slots, const float* loss, DecisionRules rules, Stream s) {
     ProfileScope scope("gradient norm");
@@ -550,9 +594,11 @@ static inline void optimizer_decide(Optimizer* o, const ParamTable* table, const
             run_rows(SquaredPieces<G>{o->partial + first, o->partial_tops + first, (const G*)p->grad, n, shift}, pieces_of((size_t)shift + n), s);
         });
     }
-    if (o->partitioned) { all_reduce_sum(o->group, o->partial, 2 * (size_t)o->pieces, s); }  // one rank has a piece's sum, the others 0
+    if (o->partitioned) { all_reduce_sum(o->data, o->partial, 2 * (size_t)o->pieces, s); }  // one rank has a piece's sum, the others 0
     run_rows(AddPieces{o->squares, o->tops, o->partial, o->partial_tops, o->first_piece, slots}, table->count, s);
-    run_rows(Decide{o->state, o->squares, loss, table->count, rules}, 1, s);
+    run_rows(AddTotals{o->totals, o->squares, o->counted, loss, table->count}, 1, s);
+    if (is_shared(o->world)) { all_reduce_sum(o->world, o->totals, 2, s); }
+    run_rows(Decide{o->state, o->totals, rules}, 1, s);
 }
 
 static inline void update_fp32(const Optimizer* o, const Param* p, AdamRates rates, uint32_t* amax, Stream s) {
@@ -570,12 +616,12 @@ static inline void update_fp32(const Optimizer* o, const Param* p, AdamRates rat
 }
 
 // `step`: what the random bits of this step depend on
-static inline AdamUpdateNarrow narrow_update(const Optimizer* o, const Param* p, AdamRates rates, uint64_t tensor, uint64_t step) {
+static inline AdamUpdateNarrow narrow_update(const Optimizer* o, const Param* p, AdamRates rates, uint64_t step) {
     AdamUpdateNarrow update = {};
     update.master = view_of(&p->master, o->config.master_rounding);
     update.m = view_of(&p->m, o->config.moment_rounding);
     update.v = view_of(&p->v, o->config.moment_rounding);
-    update.key = random_key(o->config.seed, step, tensor << 2);
+    update.key = random_key(o->config.seed, step, (uint64_t)p->number << 2);
     update.grad_dtype = p->grad_dtype;
     update.grad = (const char*)p->grad;
     update.descale = p->grad_slot;
@@ -583,6 +629,7 @@ static inline AdamUpdateNarrow narrow_update(const Optimizer* o, const Param* p,
     update.state = o->state;
     update.rates = rates;
     update.elements = p->own_count;
+    update.whole = whole_elements(p);
     update.first_element = p->own_first;
     return update;
 }
@@ -606,14 +653,14 @@ static inline void optimizer_update(Optimizer* o, ParamTable* table, AdamRates r
         two_passes |= fp8 || by_tensor;
         if (p->own_count == 0) { continue; }
         if (states_in_fp32(p)) { update_fp32(o, p, rates_of(p), amaxes, s); continue; }
-        AdamUpdateNarrow update = narrow_update(o, p, rates_of(p), (uint64_t)i, step);
+        AdamUpdateNarrow update = narrow_update(o, p, rates_of(p), step);
         update.amaxes = amaxes;
         update.measure = by_tensor;
         update.weight = fp8 || master_is_weight(p) ? NULL : (char*)own_weight(p);
         run_rows(update, pieces_of(p->own_count), s);
     }
     if (!two_passes) { return; }
-    if (o->partitioned) { all_reduce_max(o->group, (float*)o->amaxes, 3 * (size_t)table->count, s); }
+    share_amaxes(o, table, s);
     for (int i = 0; i < table->count; i++) {
         const Param* p = &table->items[i];
         if (!scaled_by_tensor(p)) { continue; }
@@ -621,7 +668,7 @@ static inline void optimizer_update(Optimizer* o, ParamTable* table, AdamRates r
         run_rows(StateSlots{{p->master.slot, p->m.slot, p->v.slot, fp8 ? p->slot : NULL},
                             {largest_of(p->master.dtype), largest_of(p->m.dtype), largest_of(p->v.dtype), largest_of(p->dtype)}, amaxes_of(o, table, p), &o->state->apply}, 4, s);
         if (p->own_count == 0) { continue; }
-        AdamUpdateNarrow update = narrow_update(o, p, rates_of(p), (uint64_t)i, step);
+        AdamUpdateNarrow update = narrow_update(o, p, rates_of(p), step);
         update.measured = true;
         update.weight = master_is_weight(p) ? NULL : (char*)own_weight(p);
         update.weight_scale = fp8 ? p->slot + 1 : NULL;

@@ -1,9 +1,15 @@
-// comm.cuh: how the ranks of a training run share the work: who does what, the reduction of gradients, the return of weights, and the check that all were
-// started alike.
+// comm.cuh: how the replicas of a training run share the work: who updates what, the reduction of gradients, and the return of weights.
 //
-// The world is data parallel: every rank takes its own sequences. Each rank's loss is a share of the mean over the global batch, so that the sum of the
-// ranks' gradients is the averaged gradient: nothing is divided afterwards. Which rank updates what is up to the partition (core/partition.h): without
-// ZeRO every rank gets all of the reduced gradient; with it only its part, and the weights come back from their owners after the step.
+// What is reduced here are the gradients of replicas: ranks that hold the same part of the model and take their own sequences each. A rank's loss is a share
+// of the mean over the global batch, so that the sum of the replicas' gradients is the averaged gradient: nothing is divided afterwards. Which rank updates
+// what is up to the partition (core/partition.h): without ZeRO every rank gets all of the reduced gradient; with it only its part, and the weights come back
+// from their owners after the step.
+//
+// Scales here, and those of E4M3 accumulators, are of what a rank holds: of a tensor that a layer's ranks share each share has its own. They do not outlive
+// the step; what does, μ, is of the whole tensor.
+//
+// The ranks that share each layer (tensor parallel) have one thing to add before: of the gradients of a few vectors, the partial ones, each has its own rows'
+// part. At the step's end they add them up in FP32, in the accumulators' memory; then every one of them has the replica's gradient.
 //
 // Gradients travel in buckets: the matrices of a layer, the embeddings, and all vectors together. When a layer's last micro-batch has been through
 // the backward pass its bucket starts, and goes on while the layers below it are computed: on a GPU on a stream of its own, on a CPU whenever
@@ -19,8 +25,9 @@
 // memory: codes, or with `direct` and ZeRO the sums in FP32, which no rounding has touched. So gradients take no more memory than their accumulators, where
 // those are as large as a part in FP32; what the exchanges work in is once the largest bucket as it travels, for `direct` twice.
 //
-// ZeRO 2 keeps no accumulators: two layers' gradients, of one micro-batch, take turns in the same memory, and are reduced after every micro-batch into
-// the owner's part, which is in FP32. That is as many reductions as micro-batches.
+// ZeRO 2 keeps no accumulators of matrices: two layers' gradients, of one micro-batch, take turns in the same memory, and are reduced after every
+// micro-batch into the owner's part, which is in FP32. That is as many reductions as micro-batches. Embeddings, head and vectors are added up and reduced
+// once, as with ZeRO 1.
 //
 // Weights are collected in the order in which the forward pass needs them, while it is under way: a layer waits for its own.
 //
@@ -30,65 +37,8 @@
 #pragma once
 #include "core/partition.h"  // buckets, parts, Param
 #include "core/profile.h"    // ProfileScope
-#include "core/transfers.cuh"  // exchanges that go on by themselves; the process group
-
-// ---- threads ----
-
-// The threads that this process should use on the CPU: OMP_NUM_THREADS where it is set, else its share of the node's cores.
-static inline int threads_per_rank(const World* w) {
-    const char* asked = getenv("OMP_NUM_THREADS");
-    if (asked == NULL || asked[0] == '\0') { return w->cores; }
-    char* end = NULL;
-    errno = 0;
-    long n = strtol(asked, &end, 10);  // OpenMP takes a list, one number a level of nesting: the first is ours
-    if (end == asked || (*end != '\0' && *end != ',') || errno != 0 || n < 1 || n > 4096) {
-        bad_input("OMP_NUM_THREADS is \"%s\"; a number from 1 to 4096 is allowed", asked);
-    }
-    return (int)n;
-}
-
-// ---- all ranks alike ----
-
-static inline size_t line_length(const char* p) { return strcspn(p, "\n"); }
-
-// The first line in which two texts differ; at the end of one of them, an empty one
-static inline void first_difference(const char** a, const char** b) {
-    while (**a != '\0' && **b != '\0') {
-        size_t n = line_length(*a);
-        if (n != line_length(*b) || memcmp(*a, *b, n) != 0) { return; }
-        *a += n + ((*a)[n] == '\n');
-        *b += n + ((*b)[n] == '\n');
-    }
-}
-
-// All ranks call this with the text of what they are to do, a line `name=value` each: refuses, naming the first rank and line that differ
-// from rank 0. `what`: what the text is of, "flags".
-static inline void require_same_everywhere(Group* g, const char* what, const char* text) {
-    uint64_t mine = strlen(text), longest = 0;
-    uint64_t* lengths = (uint64_t*)host_alloc(sizeof(uint64_t) * (size_t)g->size);
-    host_all_gather(g, lengths, &mine, sizeof(mine));
-    for (int r = 0; r < g->size; r++) { longest = max_of(longest, lengths[r]); }
-    free(lengths);
-    size_t row = (size_t)longest + 1;
-    char* padded = (char*)host_alloc(row);
-    memset(padded, 0, row);
-    memcpy(padded, text, (size_t)mine);
-    char* all = (char*)host_alloc(row * (size_t)g->size);
-    host_all_gather(g, all, padded, row);
-    for (int r = 1; r < g->size; r++) {
-        const char *first = all, *other = all + (size_t)r * row;
-        if (strcmp(first, other) == 0) { continue; }
-        if (g->rank != 0) { barrier(g); }  // every rank has found this: rank 0 says it, and ends those that wait here
-        first_difference(&first, &other);
-        const char* ended = "nothing more";
-        if (*first == '\0') { first = ended; }
-        if (*other == '\0') { other = ended; }
-        int a = (int)min_of(line_length(other), (size_t)200), b = (int)min_of(line_length(first), (size_t)200);
-        bad_input("rank %d was started with %.*s, rank 0 with %.*s; all ranks need the same %s", r, a, other, b, first, what);
-    }
-    free(padded);
-    free(all);
-}
+#include "core/topology.cuh"   // the process groups
+#include "core/transfers.cuh"  // exchanges that go on by themselves
 
 // ---- gradients ----
 
@@ -106,20 +56,22 @@ constexpr int ZERO_2_LAYERS = 2;  // whose gradients are there at a time: one is
 // What travels between the ranks: the gradients of a model, their accumulators and their reduction; and the weights on their way back
 struct Reduction {
     ReductionConfig config;
-    Group* group;
+    Group* group;              // the replicas
+    Group* tensor;             // the ranks of a layer; NULL: this one alone
     ParamTable* table;
     Partition partition;
     int quantised;             // tensors that travel in FP8
+    int partials;              // buckets that the ranks of a layer add up before the replicas do
     int scale_row;             // the most of them in one bucket, rounded up so that a row of scales is a multiple of PART_BYTES
     // on the device, by parameter
-    double* elements;
+    double* elements;          // (3, params) of whole tensors that are reduced once a step; of those that are after every micro-batch; how often a layer's ranks count each
     uint32_t* amax;            // 0 between steps
     float* accum_slots;        // (params, 4)
     float* slots;              // (params, 4) of the reduced gradients; the same array where nothing is exchanged
-    float* ring_slots;         // (params, 4) of the codes that a ring adds; the same array where those are what the optimizer reads
+    float* ring_slots;         // (params, 4) of the codes that a ring adds and the optimizer does not read; the same array where there are none
     float* mu;                 // outlives a step
     CodeCounts* counts;        // of this rank in this step
-    float* count_sums;         // (3, params) underflow, saturated and reduced codes at the maximum, over the ranks
+    float* count_sums;         // (3, params) underflow, saturated and reduced codes at the maximum, over the ranks, those of a layer too
     TensorStatistics* statistics;
     // on the device, for the bucket that is under way; what is exchanged is padded to PART_BYTES a rank
     int* tensor_params;        // the parameters of all buckets' tensors, one after the other
@@ -131,15 +83,17 @@ struct Reduction {
     float* sums;               // direct: (chunk), where they are not written where they stay; sum_elements
     size_t payload_bytes, sum_elements;
     float* regrouped;          // direct, ZeRO 2, whole tensors: (part) sums, before they are added
+    char* tensor_received;     // over MPI: (the largest part) of what the ranks of a layer add up
     // what is under way
-    Transfer transfer;
+    Transfer transfer, tensor_transfer;
+    size_t* tensor_cuts;       // (ranks of a layer + 1) of the bucket that they add up
     Stream stream;
     Event ready;
     Event backward_done[2], done[2];  // of this step and the one before, whose times the host reads meanwhile
     int *queue, queued, next, phase;
     bool returning;            // weights are under way, not gradients
-    bool adds;                 // ZeRO 2: this is not the step's first reduction
-    int reductions;            // since the last step
+    bool first, last;          // of the step's micro-batches this is
+    int reductions;            // since the last step, of what is reduced after every micro-batch
     int64_t steps;             // so far
     double waited[2];          // seconds of this step, and the one before, in which nothing else was done
 };
@@ -151,6 +105,7 @@ static inline bool sent_as_it_is(const Bucket* b) { return b->wire == b->accum &
 static inline char* payload_of(const Reduction* r, const Bucket* b) { return sent_as_it_is(b) ? b->memory : r->payload; }
 static inline CommOperation counted_as(const Bucket* b, CommOperation op) { return b->layer == ALL_LAYERS ? VECTORS : op; }
 static inline bool exchanges(const Reduction* r) { return r->group->size > 1; }
+static inline int tensor_ranks(const Reduction* r) { return r->tensor != NULL ? r->tensor->size : 1; }
 static inline bool sends_fp8(const Reduction* r) { return exchanges(r) && r->quantised > 0; }
 static inline int zero_level(const Reduction* r) { return r->partition.zero.level; }
 static inline bool is_direct(const Reduction* r) { return r->config.algorithm == REDUCE_DIRECT; }
@@ -159,14 +114,27 @@ static inline Parts parts_of(const Reduction* r, const Bucket* b, DType type) {
     size_t bytes = (size_t)dtype_bytes(type);
     return b->whole ? cut_parts(b->cuts, bytes) : equal_parts(chunk_of(r, b) * bytes);
 }
-// ZeRO 2: layers take turns in the same memory
-static inline bool takes_turns(const Reduction* r, const Bucket* b) { return zero_level(r) == 2 && b->layer >= 0; }
+// Where a bucket is cut for the ranks of a layer to add it up: evenly. Until the next call
+static inline Parts tensor_parts(const Reduction* r, const Bucket* b) {
+    size_t lines = b->elements * sizeof(float) / PART_BYTES, ranks = (size_t)tensor_ranks(r);
+    for (size_t k = 0; k <= ranks; k++) { r->tensor_cuts[k] = lines * k / ranks; }
+    return cut_parts(r->tensor_cuts, PART_BYTES);
+}
+// Are some gradients reduced after each micro-batch, and do each one's begin anew?
+static inline bool reduces_each(const Reduction* r) { return zero_level(r) == 2; }
+// ZeRO 2: these are; layers take turns in the same memory
+static inline bool takes_turns(const Reduction* r, const Bucket* b) { return reduces_each(r) && b->matrices; }
+static inline bool takes_turns(const Reduction* r, const Param* p) { return reduces_each(r) && p->format_class == MATRIX; }
 // The reduced gradient is an FP32 array of this rank's part alone
-static inline bool reduced_in_fp32(const Reduction* r) { return zero_level(r) == 2 || (zero_level(r) == 1 && is_direct(r)); }
+static inline bool reduced_in_fp32(const Reduction* r, const Bucket* b) { return takes_turns(r, b) || (zero_level(r) > 0 && is_direct(r)); }
+// The slots (params, 4) of the codes that a ring adds
+static inline float* ring_slots_of(const Reduction* r, const Bucket* b) { return takes_turns(r, b) ? r->ring_slots : r->slots; }
 
-static inline void reduction_plan(Reduction* r, Group* group, ParamTable* table, ReductionConfig config) {
+// `group`: the replicas; `tensor`: the ranks of a layer, NULL: this one has it to itself
+static inline void reduction_plan(Reduction* r, Group* group, Group* tensor, ParamTable* table, ReductionConfig config) {
     *r = Reduction{};
     r->group = group;
+    r->tensor = tensor;
     r->table = table;
     r->config = config;
     for (int i = 0; i < table->count; i++) {
@@ -174,20 +142,28 @@ static inline void reduction_plan(Reduction* r, Group* group, ParamTable* table,
         if (dtype_bytes(p->wire) > dtype_bytes(p->accum)) {
             die("gradient of %s: added up in %s, sent in %s, which is wider", p->name, dtype_names[p->accum], dtype_names[p->wire]);
         }
+        if (p->partial && (p->format_class != VECTOR || p->accum != FP32)) { die("gradient of %s: partial, but no vector in fp32", p->name); }
         r->quantised += is_fp8(p->wire);
     }
     partition_build(&r->partition, table, group->rank, group->size, config.zero);
     r->queue = (int*)host_alloc((size_t)table->count * sizeof(int));
+    r->tensor_cuts = (size_t*)host_alloc(((size_t)tensor_ranks(r) + 1) * sizeof(size_t));
     for (int k = 0; k < r->partition.bucket_count; k++) {
         const Bucket* b = &r->partition.buckets[k];
+        r->partials += b->partial && tensor_ranks(r) > 1;
         if (is_fp8(b->wire)) { r->scale_row = max_of(r->scale_row, round_up(b->count, (int)(PART_BYTES / sizeof(float)))); }
     }
 }
 
 // What an array of a bucket's gradients takes while they are added up, and reduced
 static inline size_t accumulator_bytes(const Reduction* r, const Bucket* b) {
-    size_t reduced = zero_level(r) == 1 && is_direct(r) ? part_elements(&r->partition, b) * sizeof(float) : 0;
+    size_t reduced = reduced_in_fp32(r, b) && !takes_turns(r, b) ? part_elements(&r->partition, b) * sizeof(float) : 0;
     return max_of(b->elements * (size_t)dtype_bytes(b->accum), reduced);
+}
+
+// What another bucket takes in b's turn: that of their layer
+static inline size_t turn_bytes_of(const Reduction* r, const Bucket* b, const Bucket* other) {
+    return takes_turns(r, other) && other->layer == b->layer ? round_up(accumulator_bytes(r, other), MEMORY_ALIGNMENT) : 0;
 }
 
 // The accumulators
@@ -198,19 +174,19 @@ static inline void allocate_accumulators(Reduction* r, Memory* memory) {
         Bucket* b = &p->buckets[k];
         if (takes_turns(r, b)) {
             size_t layer = 0;
-            for (int i = 0; i < p->bucket_count; i++) { layer += p->buckets[i].layer == b->layer ? round_up(accumulator_bytes(r, &p->buckets[i]), MEMORY_ALIGNMENT) : 0; }
+            for (int i = 0; i < p->bucket_count; i++) { layer += turn_bytes_of(r, b, &p->buckets[i]); }
             turn_bytes = max_of(turn_bytes, layer);
+            b->owned = memory_take<float>(memory, GRADIENTS, part_elements(p, b));
         } else {
             b->memory = (char*)memory_take(memory, GRADIENTS, accumulator_bytes(r, b), 1);
         }
-        if (zero_level(r) == 2) { b->owned = memory_take<float>(memory, GRADIENTS, part_elements(p, b)); }
     }
     char* turns = (char*)memory_take(memory, GRADIENTS, ZERO_2_LAYERS * turn_bytes, 1);
     for (int k = 0; memory->committed && k < p->bucket_count; k++) {
         Bucket* b = &p->buckets[k];
         if (!takes_turns(r, b)) { continue; }
         b->memory = turns + (size_t)(b->layer % ZERO_2_LAYERS) * turn_bytes;
-        for (int i = 0; i < k; i++) { b->memory += p->buckets[i].layer == b->layer ? round_up(accumulator_bytes(r, &p->buckets[i]), MEMORY_ALIGNMENT) : 0; }
+        for (int i = 0; i < k; i++) { b->memory += turn_bytes_of(r, b, &p->buckets[i]); }
     }
 }
 
@@ -223,11 +199,11 @@ static inline void place_gradients(Reduction* r, bool committed) {
             int t = p->tensors[b->first + i].param;
             size_t first = p->tensors[b->first + i].first;
             Param* q = &r->table->items[t];
-            q->grad_dtype = !exchanges(r) ? b->accum : reduced_in_fp32(r) ? FP32 : b->wire;
+            q->grad_dtype = !exchanges(r) ? b->accum : reduced_in_fp32(r, b) ? FP32 : b->wire;
             if (!committed) { continue; }
             q->accumulator = advance(b->memory, b->accum, first);
-            size_t kept = first + q->own_first - (reduced_in_fp32(r) && q->own_count > 0 ? part_begin(p, b) : 0);
-            q->grad = advance(zero_level(r) == 2 ? (char*)b->owned : b->memory, q->grad_dtype, q->own_count > 0 ? kept : 0);
+            size_t kept = first + q->own_first - (reduced_in_fp32(r, b) && q->own_count > 0 ? part_begin(p, b) : 0);
+            q->grad = advance(takes_turns(r, b) ? (char*)b->owned : b->memory, q->grad_dtype, q->own_count > 0 ? kept : 0);
             q->accum_slot = r->accum_slots + 4 * t;
             q->grad_slot = r->slots + 4 * t;
         }
@@ -238,7 +214,7 @@ static inline void place_gradients(Reduction* r, bool committed) {
 static inline void reduction_allocate(Reduction* r, Memory* memory) {
     const Partition* p = &r->partition;
     size_t params = (size_t)r->table->count, ranks = (size_t)r->group->size, row = (size_t)r->scale_row;
-    size_t payload = 0, received = 0, sums = 0, regrouped = 0;
+    size_t payload = 0, received = 0, sums = 0, regrouped = 0, tensor_received = 0;
     for (int k = 0; k < p->bucket_count; k++) {
         const Bucket* b = &p->buckets[k];
         size_t bytes = (size_t)dtype_bytes(b->wire);
@@ -246,7 +222,9 @@ static inline void reduction_allocate(Reduction* r, Memory* memory) {
         bool ours = r->group->transport == OVER_MPI;  // NCCL's ring has buffers of its own, a staged one is on the host
         received = max_of(received, (is_direct(r) ? b->elements : ours ? largest_part(p, b) : 0) * bytes);
         sums = max_of(sums, is_direct(r) && (zero_level(r) == 0 || b->whole) ? chunk_of(r, b) : 0);
-        regrouped = max_of(regrouped, is_direct(r) && zero_level(r) == 2 && b->whole ? part_elements(p, b) : 0);
+        regrouped = max_of(regrouped, is_direct(r) && takes_turns(r, b) && b->whole ? part_elements(p, b) : 0);
+        bool added = b->partial && tensor_ranks(r) > 1 && r->tensor->transport == OVER_MPI;
+        tensor_received = max_of(tensor_received, added ? ceil_div(b->elements * sizeof(float), PART_BYTES * (size_t)tensor_ranks(r)) * PART_BYTES : 0);
     }
     r->payload_bytes = payload;
     r->sum_elements = sums;
@@ -256,10 +234,10 @@ static inline void reduction_allocate(Reduction* r, Memory* memory) {
     r->slots = r->accum_slots;
     if (exchanges(r)) {
         r->slots = memory_take<float>(memory, GRADIENTS, 4 * params);
-        r->ring_slots = !is_direct(r) && reduced_in_fp32(r) ? memory_take<float>(memory, GRADIENTS, 4 * params) : r->slots;
+        r->ring_slots = !is_direct(r) && reduces_each(r) ? memory_take<float>(memory, GRADIENTS, 4 * params) : r->slots;
         r->mu = memory_take<float>(memory, GRADIENTS, params);
         r->counts = memory_take<CodeCounts>(memory, GRADIENTS, params);
-        r->elements = memory_take<double>(memory, GRADIENTS, params);
+        r->elements = memory_take<double>(memory, GRADIENTS, 3 * params);
         r->count_sums = memory_take<float>(memory, GRADIENTS, 3 * params);
         r->statistics = memory_take<TensorStatistics>(memory, GRADIENTS, params);
         r->tensor_params = memory_take<int>(memory, COMMUNICATION, params);
@@ -271,6 +249,7 @@ static inline void reduction_allocate(Reduction* r, Memory* memory) {
         r->sums = memory_take<float>(memory, COMMUNICATION, sums);
         r->regrouped = memory_take<float>(memory, COMMUNICATION, regrouped);
     }
+    r->tensor_received = (char*)memory_take(memory, COMMUNICATION, tensor_received, 1);
     place_gradients(r, memory->committed);
 }
 
@@ -288,7 +267,7 @@ static inline void reduction_start_up(Reduction* r) {
         r->backward_done[i] = timed_event_create();
         r->done[i] = timed_event_create();
     }
-    size_t largest = PART_BYTES;
+    size_t largest = PART_BYTES, largest_partial = 0;
     for (int k = 0; k < p->bucket_count; k++) {
         Bucket* b = &p->buckets[k];
         b->arrived = event_create();
@@ -296,6 +275,7 @@ static inline void reduction_start_up(Reduction* r) {
         if (b->owned != NULL) { device_zero(b->owned, part_elements(p, b) * sizeof(float), r->stream); }
         size_t bytes = b->elements * (size_t)dtype_bytes(b->wire), weights = zero_level(r) > 0 ? b->elements * (size_t)dtype_bytes(b->dtype) : 0;
         bool regroups = is_direct(r) && b->whole;
+        largest_partial = max_of(largest_partial, b->partial ? b->elements * sizeof(float) : 0);
         largest = max_of(max_of(largest, bytes), max_of(weights, regroups ? max_of(chunk_of(r, b), part_elements(p, b)) * sizeof(float) : 0));
     }
     device_zero(r->amax, (size_t)n * sizeof(uint32_t), r->stream);
@@ -307,15 +287,19 @@ static inline void reduction_start_up(Reduction* r) {
         device_zero(r->counts, (size_t)n * sizeof(CodeCounts), r->stream);
         float* mu = (float*)host_alloc((size_t)n * sizeof(float));
         int* params = (int*)host_alloc((size_t)n * sizeof(int));
-        double* elements = (double*)host_alloc((size_t)n * sizeof(double));
+        double* elements = (double*)host_alloc(3 * (size_t)n * sizeof(double));
         for (int i = 0; i < n; i++) {
-            elements[i] = (double)param_elements(&r->table->items[i]);
+            const Param* q = &r->table->items[i];
+            double whole = (double)whole_count(q);
+            elements[i] = takes_turns(r, q) ? 0.0 : whole;
+            elements[n + i] = takes_turns(r, q) ? whole : 0.0;
+            elements[2 * n + i] = q->tp_axis == TP_WHOLE ? tensor_ranks(r) : 1.0;
             mu[i] = r->config.algorithm == REDUCE_RING ? first_mu(r->config.scaling, r->group->size) : 1.0f;
             params[i] = p->tensors[i].param;
         }
         copy_to_device(r->mu, mu, (size_t)n * sizeof(float), r->stream);
         copy_to_device(r->tensor_params, params, (size_t)n * sizeof(int), r->stream);
-        copy_to_device(r->elements, elements, (size_t)n * sizeof(double), r->stream);
+        copy_to_device(r->elements, elements, 3 * (size_t)n * sizeof(double), r->stream);
         device_zero(r->payload, r->payload_bytes, r->stream);  // what lies between tensors travels with them
         device_zero(r->sums, r->sum_elements * sizeof(float), r->stream);
         device_zero(r->scales, (size_t)r->group->size * (size_t)r->scale_row * sizeof(float), r->stream);
@@ -326,6 +310,7 @@ static inline void reduction_start_up(Reduction* r) {
     }
     stream_sync(r->stream);
     transfer_create(&r->transfer, r->group, largest);
+    if (r->partials > 0) { transfer_create(&r->tensor_transfer, r->tensor, largest_partial); }
 }
 
 // ---- the reduction of a bucket ----
@@ -389,7 +374,7 @@ static inline void add_to_owned(Reduction* r, const Bucket* b, DType type, const
             bool fp8 = is_fp8(type);
             const float* slot = r->ring_slots + 4 * (p - r->table->items);
             run_rows(AddReduced<D>{b->owned + (first - begin), (const D*)reduced + (first - begin), fp8 ? slot : NULL,
-                                   fp8 ? r->counts + (p - r->table->items) : NULL, n, r->adds}, pieces_of(n), r->stream);
+                                   fp8 ? r->counts + (p - r->table->items) : NULL, n, !r->first}, pieces_of(n), r->stream);
         });
     });
 }
@@ -399,6 +384,7 @@ static inline bool ring_phase(Reduction* r, const Bucket* b, int phase) {
     Parts parts = parts_of(r, b, b->wire);
     size_t mine = parts.begin(r->group->rank), part_bytes = parts.bytes(r->group->rank);
     char* payload = payload_of(r, b);
+    float* slots = ring_slots_of(r, b);
     switch (phase) {
         case 0:
             if (is_fp8(b->wire)) {
@@ -407,14 +393,14 @@ static inline bool ring_phase(Reduction* r, const Bucket* b, int phase) {
             }
             return true;
         case 1:
-            if (is_fp8(b->wire)) { run_rows(RingSlots{r->ring_slots, r->scales, r->mu, r->tensor_params + b->first}, b->count, r->stream); }
-            make_payload(r, b, [=](Param* p, int) { return r->ring_slots + 4 * (p - r->table->items) + 1; });
+            if (is_fp8(b->wire)) { run_rows(RingSlots{slots, r->scales, r->mu, r->tensor_params + b->first}, b->count, r->stream); }
+            make_payload(r, b, [=](Param* p, int) { return slots + 4 * (p - r->table->items) + 1; });
             start_ring_sum(&r->transfer, payload, r->received, parts, b->wire, counted_as(b, REDUCE_SCATTER), r->stream);
             return true;
         case 2:
-            if (zero_level(r) == 2) { add_to_owned(r, b, b->wire, payload + mine); return false; }
+            if (takes_turns(r, b)) { add_to_owned(r, b, b->wire, payload + mine); return false; }
             if (payload != b->memory) { device_copy(b->memory + mine, payload + mine, part_bytes, r->stream); }
-            if (zero_level(r) == 1) { return false; }
+            if (zero_level(r) > 0) { return false; }
             start_all_gather(&r->transfer, b->memory, parts, counted_as(b, ALL_GATHER), r->stream);
             return true;
         default: return false;
@@ -438,9 +424,9 @@ static inline void sum_chunk(Reduction* r, const Bucket* b, float* sums, bool ad
 static inline bool direct_phase(Reduction* r, const Bucket* b, int phase) {
     size_t chunk = chunk_of(r, b), row = (size_t)r->scale_row, begin = chunk * (size_t)r->group->rank;
     size_t chunk_bytes = chunk * (size_t)dtype_bytes(b->wire);
-    bool fp8 = is_fp8(b->wire), partitioned = zero_level(r) > 0;
+    bool fp8 = is_fp8(b->wire), partitioned = zero_level(r) > 0, adds = takes_turns(r, b) && !r->first;
     float* mine = r->scales + row * (size_t)r->group->rank;
-    float* kept = zero_level(r) == 2 ? b->owned : (float*)b->memory;  // the reduced gradient, with ZeRO
+    float* kept = takes_turns(r, b) ? b->owned : (float*)b->memory;  // the reduced gradient, with ZeRO
     switch (phase) {
         case 0:
             if (fp8) {
@@ -454,10 +440,10 @@ static inline bool direct_phase(Reduction* r, const Bucket* b, int phase) {
             start_all_to_all(&r->transfer, r->received, payload_of(r, b), chunk_bytes, counted_as(b, ALL_TO_ALL), r->stream);
             return true;
         case 2:
-            if (partitioned && !b->whole) { sum_chunk(r, b, kept, r->adds, NULL); return false; }
+            if (partitioned && !b->whole) { sum_chunk(r, b, kept, adds, NULL); return false; }
             if (partitioned) {
                 sum_chunk(r, b, r->sums, false, NULL);
-                start_regroup(&r->transfer, r->adds ? r->regrouped : kept, r->sums, chunk * sizeof(float), cut_parts(b->cuts, sizeof(float)), REGROUP, r->stream);
+                start_regroup(&r->transfer, adds ? r->regrouped : kept, r->sums, chunk * sizeof(float), cut_parts(b->cuts, sizeof(float)), REGROUP, r->stream);
                 return true;
             }
             if (fp8) { device_zero(r->sum_amax, row * sizeof(uint32_t), r->stream); }
@@ -466,7 +452,7 @@ static inline bool direct_phase(Reduction* r, const Bucket* b, int phase) {
             return true;
         case 3:
             if (partitioned) {
-                if (r->adds) { add_to_owned(r, b, FP32, r->regrouped); }
+                if (adds) { add_to_owned(r, b, FP32, r->regrouped); }
                 return false;
             }
             if (fp8) { run_rows(ResultSlots{r->slots, r->sum_amax, r->tensor_params + b->first, largest_of(b->wire)}, b->count, r->stream); }
@@ -510,27 +496,29 @@ static inline bool reduction_poll(Reduction* r) {
     return true;
 }
 
-// Queues the buckets of a layer
+// Queues the buckets of a layer, of gradients those that travel after this micro-batch
 static inline void enqueue(Reduction* r, int layer) {
     for (int k = 0; k < r->partition.bucket_count; k++) {
         Bucket* b = &r->partition.buckets[k];
-        if (b->layer != layer || b->started) { continue; }
+        bool travels = r->returning || r->last || takes_turns(r, b);
+        if (b->layer != layer || b->started || !travels) { continue; }
         b->started = b->under_way = true;
         r->queue[r->queued++] = k;
     }
 }
 
-// Whatever is launched on `compute` from here on finds what is under way of this layer arrived
+// Whatever is launched on `compute` from here on finds the bucket arrived, if it is under way
+static inline void wait_for(Reduction* r, const Bucket* b, Stream compute) {
+    double start = b->under_way ? wall_seconds() : 0.0;
+    while (b->under_way) {
+        if (!reduction_poll(r)) { sched_yield(); }
+    }
+    r->waited[turn_of(r)] += start > 0.0 ? wall_seconds() - start : 0.0;
+    stream_wait_event(compute, b->arrived);
+}
 static inline void wait_for(Reduction* r, int layer, Stream compute) {
     for (int k = 0; k < r->partition.bucket_count; k++) {
-        const Bucket* b = &r->partition.buckets[k];
-        if (b->layer != layer) { continue; }
-        double start = b->under_way ? wall_seconds() : 0.0;
-        while (b->under_way) {
-            if (!reduction_poll(r)) { sched_yield(); }
-        }
-        r->waited[turn_of(r)] += start > 0.0 ? wall_seconds() - start : 0.0;
-        stream_wait_event(compute, b->arrived);
+        if (r->partition.buckets[k].layer == layer) { wait_for(r, &r->partition.buckets[k], compute); }
     }
 }
 
@@ -548,29 +536,58 @@ static inline void reduction_step(Reduction* r) {
     r->waited[turn_of(r)] = 0.0;
 }
 
-// Are gradients reduced after each micro-batch, and do each one's begin anew?
-static inline bool reduces_each(const Reduction* r) { return zero_level(r) == 2; }
+// Is what this micro-batch's backward pass makes of p's gradient added to what is in its accumulator?
+static inline bool accumulates(const Reduction* r, const Param* p) { return !r->first && !takes_turns(r, p); }
 
 // Before this layer's gradients are written: what lay in their memory has been sent.
 static inline void reduction_clear_way(Reduction* r, int layer, Stream compute) {
-    if (zero_level(r) == 2) { wait_for(r, layer + ZERO_2_LAYERS, compute); }
+    for (int k = 0; k < r->partition.bucket_count; k++) {
+        const Bucket* b = &r->partition.buckets[k];
+        if (takes_turns(r, b) && b->layer == layer + ZERO_2_LAYERS) { wait_for(r, b, compute); }
+    }
 }
 
-// The accumulators of this layer are complete once what has been launched on `compute` is done: their buckets may start.
+// The accumulators of this layer have what this micro-batch gives once what has been launched on `compute` is done: those buckets may start that are
+// reduced after it.
 static inline void reduction_start(Reduction* r, int layer, Stream compute) {
-    if (!exchanges(r)) { return; }
+    if (!exchanges(r) || !(r->last || reduces_each(r))) { return; }
     enqueue(r, layer);
     event_record(r->ready, compute);
     stream_wait_event(r->stream, r->ready);
     reduction_poll(r);
 }
 
-// After the backward pass: what has not started does, and whatever is launched on `compute` from here on finds the reduced gradients.
+// The partial gradients become those of all rows, on every rank of the layer; what else is under way goes on meanwhile.
+static inline void sum_partials(Reduction* r, Stream compute) {
+    Transfer* t = &r->tensor_transfer;
+    auto wait = [=] {
+        while (!transfer_done(t)) {
+            reduction_poll(r);
+            sched_yield();
+        }
+    };
+    event_record(r->ready, compute);
+    stream_wait_event(r->stream, r->ready);
+    for (int k = 0; k < r->partition.bucket_count; k++) {
+        const Bucket* b = &r->partition.buckets[k];
+        if (!b->partial) { continue; }
+        Parts parts = tensor_parts(r, b);
+        start_ring_sum(t, b->memory, r->tensor_received, parts, FP32, TP_OTHER, r->stream);
+        wait();
+        start_all_gather(t, b->memory, parts, TP_OTHER, r->stream);
+        wait();
+    }
+}
+
+// After the backward pass: what is reduced after this micro-batch and has not started does, and whatever is launched on `compute` from here on finds the
+// reduced gradients.
 static inline void reduction_finish(Reduction* r, Stream compute) {
-    if (!exchanges(r)) { return; }
+    bool sums = r->last && r->partials > 0, reduces = exchanges(r) && (r->last || reduces_each(r));
+    if (!sums && !reduces) { return; }
     double start = wall_seconds();
     int turn = turn_of(r);
     event_record(r->backward_done[turn], compute);
+    if (sums) { sum_partials(r, compute); }
     for (int k = r->partition.bucket_count - 1; k >= 0; k--) { reduction_start(r, r->partition.buckets[k].layer, compute); }
     empty_queue(r);
     r->reductions++;
@@ -583,7 +600,7 @@ static inline void reduction_finish(Reduction* r, Stream compute) {
 // over, and it is those of the step's last reduction.
 static inline double reduction_waited(const Reduction* r, int64_t step) {
     int turn = (int)((step + 1) % 2);
-    if (!exchanges(r) || !device_is_gpu) { return r->waited[turn]; }
+    if (!device_is_gpu || (!exchanges(r) && r->partials == 0)) { return r->waited[turn]; }
     return max_of(0.0, 1e-3 * event_milliseconds(r->backward_done[turn], r->done[turn]));
 }
 
@@ -616,16 +633,18 @@ static inline void weights_finish(Reduction* r, Stream compute) {
     r->returning = false;
 }
 
-// Before a micro-batch's backward pass. `first`: of the step.
-static inline void reduction_begin(Reduction* r, bool first, Stream compute) {
+// Before a micro-batch's backward pass, head included. `first`, `last`: of the step
+static inline void reduction_begin(Reduction* r, bool first, bool last, Stream compute) {
     weights_finish(r, compute);
-    r->adds = reduces_each(r) && !first;
+    r->first = first;
+    r->last = last;
 }
 
 // One that was only planned
 static inline void reduction_forget(Reduction* r) {
     partition_free(&r->partition);
     free(r->queue);
+    free(r->tensor_cuts);
     *r = Reduction{};
 }
 
@@ -633,6 +652,7 @@ static inline void reduction_free(Reduction* r) {
     weights_finish(r, r->stream);
     stream_sync(r->stream);
     transfer_free(&r->transfer);
+    if (r->partials > 0) { transfer_free(&r->tensor_transfer); }
     stream_destroy(r->stream);
     event_destroy(r->ready);
     for (int i = 0; i < 2; i++) {
@@ -662,48 +682,59 @@ struct UpdateMu {
     TensorStatistics* statistics;
     float* mu;
     const float* sums;        // (3, params) over the ranks
-    const double* top_codes;  // reduced codes at the maximum; NULL: they are in `sums`
-    const double* elements;
+    const double* top_codes;  // reduced codes at the maximum, of tensors that are reduced once a step; of the others they are in `sums`
+    const double* elements;   // (3, params), as in Reduction
     const int* apply;         // points to 0 where the step was skipped: then the headroom stays
     int params, ranks, reductions;
     bool ring, automatic;
     template <class Team> DEVICE void operator()(Team team, int i) const {
         if (!team.leads()) { return; }
-        double n = elements[i] * reductions, all = n * ranks, tops = top_codes != NULL ? top_codes[i] : (double)sums[2 * params + i];
+        double n = elements[i] + elements[params + i] * reductions, times = elements[2 * params + i], all = n * ranks * times;
+        double tops = (top_codes[i] + (double)sums[2 * params + i]) / times;
         if (automatic && *apply != 0) { mu[i] = next_mu(mu[i], tops, n, ranks); }
         statistics[i] = TensorStatistics{(float)((double)sums[i] / all), (float)(ring ? tops / n : (double)sums[params + i] / all), mu[i]};
     }
 };
 
-// After reduction_finish: adds what was counted over the ranks.
+// After reduction_finish: adds what was counted over the replicas, and over the ranks of a layer, as a tensor's headroom belongs to all of it.
 static inline void reduction_count(Reduction* r, Stream compute) {
     if (!sends_fp8(r)) { return; }
     run_rows(CountsToSums{r->count_sums, r->counts, r->table->count}, r->table->count, compute);
     all_reduce_sum(r->group, r->count_sums, 3 * (size_t)r->table->count, compute);
+    if (tensor_ranks(r) > 1) { all_reduce_sum(r->tensor, r->count_sums, 3 * (size_t)r->table->count, compute); }
 }
 
 // After the decision, and the norm, which has counted each parameter's reduced codes at the maximum: the statistics of the step, and the headroom of the
-// next. `apply`: on the device, 0 where the step was skipped.
-static inline void reduction_adapt(Reduction* r, const double* top_codes, const int* apply, Stream compute) {
+// next. `top_codes`: those counts, which become sums over the ranks of a layer; `apply`: 0 where the step was skipped; on the device.
+static inline void reduction_adapt(Reduction* r, double* top_codes, const int* apply, Stream compute) {
     int reductions = r->reductions;
     r->reductions = 0;
     if (!sends_fp8(r)) { return; }
     bool ring = r->config.algorithm == REDUCE_RING;
-    run_rows(UpdateMu{r->statistics, r->mu, r->count_sums, reduces_each(r) ? NULL : top_codes, r->elements, apply, r->table->count, r->group->size, reductions,
-                      ring, ring && r->config.scaling == SCALING_AUTO}, r->table->count, compute);
+    if (tensor_ranks(r) > 1 && ring) { all_reduce_sum(r->tensor, top_codes, (size_t)r->table->count, compute); }
+    run_rows(UpdateMu{r->statistics, r->mu, r->count_sums, top_codes, r->elements, apply, r->table->count, r->group->size, reductions, ring,
+                      ring && r->config.scaling == SCALING_AUTO}, r->table->count, compute);
 }
 
 // ---- what it costs ----
 
 // The bytes that this rank sends in a step, by operation: what the phases above count, without their being run. Of gradients, their scales and weights.
 static inline void reduction_traffic(uint64_t* bytes, const Reduction* r, int micro_batches) {
-    uint64_t ranks = (uint64_t)r->group->size, others = ranks - 1, times = reduces_each(r) ? (uint64_t)micro_batches : 1;
+    uint64_t ranks = (uint64_t)r->group->size, others = ranks - 1;
     int me = r->group->rank, level = zero_level(r);
+    for (int k = 0; r->partials > 0 && k < r->partition.bucket_count; k++) {
+        const Bucket* b = &r->partition.buckets[k];
+        if (!b->partial) { continue; }
+        Parts parts = tensor_parts(r, b);
+        uint64_t mine = parts.bytes(r->tensor->rank), all = parts.begin(r->tensor->size);
+        bytes[TP_OTHER] += all - mine + mine * ((uint64_t)r->tensor->size - 1);
+    }
     if (!exchanges(r)) { return; }
     auto all_reduce = [=](uint64_t n) { return 2 * n * sizeof(float) * others / ranks; };
     for (int k = 0; k < r->partition.bucket_count; k++) {
         const Bucket* b = &r->partition.buckets[k];
         Parts parts = parts_of(r, b, b->wire);
+        uint64_t times = takes_turns(r, b) ? (uint64_t)micro_batches : 1;
         size_t chunk = chunk_of(r, b), chunk_bytes = chunk * (size_t)dtype_bytes(b->wire);
         bool fp8 = is_fp8(b->wire);
         if (is_direct(r)) {

@@ -10,8 +10,9 @@
 // `delayed` scaling the slot is filled from the site's history and the codes are made at once. A site is one place in the model where a tensor is
 // quantised; its amaxes over the micro-batches of a step are collected in one number, exchanged between ranks once a step, and kept for 16 steps.
 #pragma once
-#include "core/gradient.cuh" // formats of gradients, slots; Team, load, store, run_rows
-#include "core/profile.h"    // ProfileScope
+#include "core/exchange.cuh"  // ranks that share a scale
+#include "core/gradient.cuh"     // formats of gradients, slots; Team, load, store, run_rows
+#include "core/profile.h"        // ProfileScope
 #include <type_traits>
 
 constexpr int AMAX_WINDOW = 16;  // steps of history, as in MS-AMP
@@ -34,11 +35,6 @@ template <class F> static inline void with_types(DType t, DType d, F f) {
     else if (t == BF16 && d == E4M3) { f(Tag<bf16>{}, Tag<e4m3>{}); }
     else if (t == BF16 && d == E5M2) { f(Tag<bf16>{}, Tag<e5m2>{}); }
     else { die("no kernel from %s to %s", dtype_names[t], dtype_names[d]); }
-}
-template <class F> static inline void with_type(DType t, F f) {
-    if (t == FP32) { f(Tag<float>{}); }
-    else if (t == BF16) { f(Tag<bf16>{}); }
-    else { die("%s is no type of activations", dtype_names[t]); }
 }
 
 // ---- sources ----
@@ -232,6 +228,7 @@ struct Quantisation {
     bool just_in_time;  // scale from this very tensor; otherwise from the site's history
     bool record;        // its amax counts for the history (training's forward and backward; never recompute, evaluation, generation)
     bool keep_scale;    // recompute: out.slot already holds the scale of the first time
+    RowExchange* sharers;  // with the ranks that hold the rest of the tensor: a just-in-time scale is that of all of it; NULL = there are none
 };
 
 template <class T, class D, class Source>
@@ -248,9 +245,11 @@ struct MergeAmax {  // a just-in-time amax counts for the history too
     }
 };
 
-// Sets out's slot from the amax in sites->current, and makes the codes of x (rows, C) with it: the second pass under a just-in-time scale.
+// Sets out's slot from the amax in sites->current, of all sharers, and makes the codes of x (rows, C) with it: the second pass under a just-in-time
+// scale.
 template <class T, class D>
 static inline void quantise_just_in_time(Tensor out, D* y, const T* x, uint32_t* recorded, Quantisation q, int rows, int C, Stream s) {
+    if (q.sharers != NULL) { rows_max(q.sharers, q.sites->current, 1, s); }
     run_rows(SetSlot{out.slot, q.sites->current, largest_of(out.dtype)}, 1, s);
     if (recorded != NULL) { run_rows(MergeAmax{recorded, q.sites->current}, 1, s); }
     produce_launch<T>(y, (uint32_t*)NULL, (float*)NULL, TensorSource<T>{x}, out.slot + 1, rows, C, s);
@@ -288,6 +287,24 @@ static inline void produce(Tensor out, float* partial, MakeSource make, DType ac
     });
 }
 
+// ---- the residual stream ----
+
+// out (C) = x + delta, rounded once
+template <class T, class Team> DEVICE void add_row(Team team, T* out, const T* x, const T* delta, int C) {
+    team.each(C, [=](auto c) { store(out, c, load(x, c) + load(delta, c)); });
+}
+
+template <class T> struct AddRows {  // out (rows, C) = x + delta, as LayerNormForward leaves it in `sum`
+    T* out;
+    const T* x;
+    const T* delta;
+    int C;
+    template <class Team> DEVICE void operator()(Team team, int row) const {
+        size_t at = (size_t)row * C;
+        add_row(team, out + at, x + at, delta + at, C);
+    }
+};
+
 // ---- LayerNorm ----
 
 template <class T, class D> struct LayerNormForward {
@@ -305,9 +322,8 @@ template <class T, class D> struct LayerNormForward {
     template <class Team> DEVICE void operator()(Team team, int row) const {
         const T* xr = x + (size_t)row * C;
         if (delta != NULL) {
-            const T* dr = delta + (size_t)row * C;
             T* sr = sum + (size_t)row * C;
-            team.each(C, [=](auto c) { store(sr, c, load(xr, c) + load(dr, c)); });
+            add_row(team, sr, xr, delta + (size_t)row * C, C);
             xr = sr;
             team.sync();
         }
@@ -414,15 +430,26 @@ static inline void layernorm_backward(void* dx, float* dgain, float* dbias, floa
 
 // ---- embedding ----
 
-template <class T> struct EmbeddingForward {  // x (rows, C) = wte[token] [+ wpe[position]]
+// The vocabulary is cut over the ranks of a layer: each holds the tokens first … first+count-1, rows of the embedding and columns of the logits.
+
+// The number of a token among a rank's own, -1 where another rank has it
+DEVICE int own_token(int token, int first, int count) { return token >= first && token - first < count ? token - first : -1; }
+
+template <class T> struct EmbeddingForward {  // x (rows, C) = wte[token] [+ wpe[position]]; -0, which changes no sum, where another rank has the token
     T* x;
     const int* tokens;   // (rows)
-    const T* wte;        // (V, C)
+    const T* wte;        // (count, C)
     const T* wpe;        // (maxT, C) or NULL
+    int first, count;    // this rank's tokens
     int T_, C;
     template <class Team> DEVICE void operator()(Team team, int row) const {
         T* xr = x + (size_t)row * C;
-        const T* e = wte + (size_t)tokens[row] * C;
+        int token = own_token(tokens[row], first, count);
+        if (token < 0) {
+            team.each(C, [=](auto c) { store(xr, c, splat(c, -0.0f)); });
+            return;
+        }
+        const T* e = wte + (size_t)token * C;
         if (wpe == NULL) {
             team.each(C, [=](auto c) { store_raw(xr, c, load_raw(e, c)); });
         } else {
@@ -441,14 +468,15 @@ struct TokenGroups {
 };
 
 template <class T, class A, Rounding R> struct EmbeddingBackward {  // dwte[token] += Σ dx[positions of the token], in FP32, rounded once
-    A* dwte;             // (V, C)
+    A* dwte;             // (count, C) of this rank's tokens
     const T* dx;         // (rows, C)
-    TokenGroups g;
+    TokenGroups g;       // of this rank's tokens alone
     RandomKey key;       // of this addition
+    int first;           // the token of row 0
     int C;
     template <class Team> DEVICE void operator()(Team team, int group) const {
-        size_t first = (size_t)g.token[group] * C;
-        A* d = dwte + first;
+        size_t token = (size_t)g.token[group], element = token * C;  // of the whole table
+        A* d = dwte + (token - first) * C;
         const T* x = dx;
         const int* order = g.order;
         int n = C, k0 = g.first[group], k1 = g.first[group + 1];
@@ -456,7 +484,7 @@ template <class T, class A, Rounding R> struct EmbeddingBackward {  // dwte[toke
         team.each(n, [=](auto c) {
             auto total = load(d, c);
             for (int i = k0; i < k1; i++) { total = total + load(x + (size_t)order[i] * n, c); }
-            store_rounded<R>(d, c, total, k, first);
+            store_rounded<R>(d, c, total, k, element);
         });
     }
 };
@@ -483,31 +511,66 @@ template <class T, class A, Rounding R> struct PositionBackward {  // dwpe[t] [+
 };
 
 // ---- cross-entropy ----
+//
+// In two kernels: what there is to know of a row of logits, and the loss and its gradient. In between, ranks that hold some columns each (the tokens
+// first … first+valid-1; their other columns are padding, take no part and get gradient 0) tell each other.
+
+constexpr int LOGIT_STATISTICS = 3;  // of a row: the greatest logit, Σ exp(z - greatest), z[target]
+
+template <int N> DEVICE Vec<N> mask(Vec<N> v, Range<N> c, int valid, float other) {
+    return Vec<N>::map([&](int k) { return (int)c.i + k < valid ? v.v[k] : other; });
+}
+
+template <class T> struct LogitStatistics {
+    float* stats;        // (rows, LOGIT_STATISTICS)
+    const T* z;          // (rows, padded) logits
+    const int* targets;  // (rows), of all ranks' tokens
+    int first, valid;    // this rank's tokens; there may be none
+    int padded;
+    template <class Team> DEVICE void operator()(Team team, int row) const {
+        const T* zr = z + (size_t)row * padded;
+        int n = valid;
+        float top = team.max(padded, [=](auto c) { return mask(load(zr, c), c, n, -FLT_MAX); });
+        top = top < -FLT_MAX ? -FLT_MAX : top;  // none of these tokens can come, but one of another rank may
+        float total = team.sum(padded, [=](auto c) { return mask(exp_of(load(zr, c) - top), c, n, 0.0f); });
+        if (!team.leads()) { return; }
+        int target = own_token(targets[row], first, valid);
+        float* s = stats + (size_t)row * LOGIT_STATISTICS;
+        s[0] = top;
+        s[1] = total;
+        s[2] = target >= 0 ? to_float(zr[target]) : -0.0f;  // added up over the ranks
+    }
+};
 
 template <class T> struct CrossEntropy {  // per row: loss = logsumexp(z) - z[target]; z becomes (softmax(z) - onehot)·weight
-    float* losses;       // (rows)
+    float* losses;       // (rows), the same on all ranks
     T* z;                // (rows, padded) logits in, their gradient out where `backward`
-    const int* targets;  // (rows)
+    const float* stats;  // (parts, part_stride), of each rank as LogitStatistics leaves them
+    int parts;
+    size_t part_stride;
+    const int* targets;  // (rows), of all ranks' tokens
     float weight;        // of one row in the mean
-    int V, padded;       // columns V … padded-1 are no tokens: they take no part and get gradient 0
+    int first, valid;    // this rank's tokens
+    int padded;
     bool backward;
     template <class Team> DEVICE void operator()(Team team, int row) const {
         T* zr = z + (size_t)row * padded;
-        int target = targets[row], valid = V;
-        float top = team.max(padded, [=](auto c) { return mask(load(zr, c), c, valid, -3.0e38f); });
-        float total = team.sum(padded, [=](auto c) { return mask(exp_of(load(zr, c) - top), c, valid, 0.0f); });
-        float at_target = to_float(zr[target]);
-        team.sync();     // every thread has read its target before one of them overwrites it
+        const float* s = stats + (size_t)row * LOGIT_STATISTICS;
+        float top = -FLT_MAX, total = 0.0f, at_target = -0.0f;
+        for (int p = 0; p < parts; p++) { top = max_of(top, s[p * part_stride]); }
+        for (int p = 0; p < parts; p++) {  // a part with a NaN or inf has a total of NaN
+            const float* part = s + p * part_stride;
+            total += part[1] * exp_of(part[0] - top);
+            at_target += part[2];
+        }
         if (team.leads()) { losses[row] = logf(total) + top - at_target; }
         if (!backward) { return; }
+        int n = valid, target = own_token(targets[row], first, valid);
         float w = weight, p = w / total;
         team.each(padded, [=](auto c) {
-            auto d = mask(exp_of(load(zr, c) - top) * p, c, valid, 0.0f);
+            auto d = mask(exp_of(load(zr, c) - top) * p, c, n, 0.0f);
             store(zr, c, subtract_at(d, c, target, w));
         });
-    }
-    template <int N> static DEVICE Vec<N> mask(Vec<N> v, Range<N> c, int valid, float other) {
-        return Vec<N>::map([&](int k) { return (int)c.i + k < valid ? v.v[k] : other; });
     }
     template <int N> static DEVICE Vec<N> subtract_at(Vec<N> v, Range<N> c, int at, float w) {
         return Vec<N>::map([&](int k) { return (int)c.i + k == at ? v.v[k] - w : v.v[k]; });

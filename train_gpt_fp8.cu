@@ -8,6 +8,10 @@
 // A step is: for each micro-batch forward, head and backward; the sum of the gradients over ranks; the optimizer's decision and update; the scales.
 // The decisions are made on the device: the host reads a step's record when the next step has been launched.
 //
+// Ranks are replicas (dp) of pipelines of stages (pp) of ranks that share layers (tp; core/topology.cuh). Of the latter each has its `own` rows of the batch
+// in the residual stream and the LayerNorms (sequence parallel), and all rows within attention and MLP, of its own heads and channels: all_rows and
+// own_rows lead from one to the other. A stage keeps what backward needs of the micro-batches in flight (core/schedule.h), each in a slot of its own.
+//
 // Order of the file: settings and flags; the model and what it keeps; linear layers; forward, head, backward; evaluation and sampling; the training
 // run and what it prints; --plan.
 #include "fp8_kernels.cuh"       // kernels of the forward and backward pass, FP8 in and out; scaling sites
@@ -15,12 +19,16 @@
 #include "comm.cuh"              // the process group, the gradient reduction
 #include "dataloader.h"          // token shards and text
 #include "core/attention.cuh"    // attention_forward, attention_backward
+#include "core/batch.h"          // a micro-batch on the host
+#include "core/exchange.cuh"     // what ranks of a layer, and stages, send each other
 #include "core/log.h"            // log.jsonl, step lines, tables
 #include "core/matmul.cuh"       // matmul
 #include "core/memory.h"         // memory by category
+#include "core/learning_rate.h"  // schedules
 #include "core/model_io.h"       // llm.c's model.bin
 #include "core/options.h"        // the option table
 #include "core/params.h"         // the table of parameters
+#include "core/presets.h"        // shapes by name
 #include "core/topology.cuh"     // replicas, stages, ranks that share layers
 #include "core/plan.h"           // GPUs, rooflines, a pipeline's schedule, a plan and how it is printed
 #include <algorithm>
@@ -30,8 +38,6 @@
 // ---- settings ----
 
 enum Recipe { RECIPE_FP8, RECIPE_FP8_LM, RECIPE_BF16, RECIPE_FP32 };
-enum Schedule { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_CONSTANT, SCHEDULE_WSD };
-enum Position { POSITION_ROPE, POSITION_LEARNED };
 enum FP8Format { FORMAT_E4M3, FORMAT_E5M2 };
 enum GradFormat { GRAD_FP32, GRAD_BF16, GRAD_E4M3, GRAD_E5M2 };
 enum OptBlock { BLOCK_TENSOR, BLOCK_128 };
@@ -54,7 +60,7 @@ struct Args {
     bool overfit_batch = false;
     double lr = 3e-4, min_lr_frac = 0.1, weight_decay = 0.1, clip = 1.0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
     int64_t warmup = -1;
-    Schedule schedule = SCHEDULE_COSINE;
+    RateSchedule schedule = SCHEDULE_COSINE;
     double skip_loss_z = 0.0, skip_grad_z = 0.0;
     Recipe recipe = RECIPE_FP8;
     FP8Scaling fp8_scaling = SCALING_DELAYED;
@@ -101,13 +107,6 @@ static void print_bf16_layers(char* text, size_t size, const void* value) {
     const Bf16Layers* l = (const Bf16Layers*)value;
     snprintf(text, size, "first:%d,last:%d", l->first, l->last);
 }
-static const char* parse_yes_no(void* value, const char* text) {
-    if (strcmp(text, "yes") != 0 && strcmp(text, "no") != 0) { return "allowed: yes, no"; }
-    *(bool*)value = strcmp(text, "yes") == 0;
-    return NULL;
-}
-static void print_yes_no(char* text, size_t size, const void* value) { snprintf(text, size, "%s", *(const bool*)value ? "yes" : "no"); }
-
 constexpr int MAX_OPTIONS = 80;
 constexpr int64_t MAX_MICRO_BATCH = 1 << 20;
 
@@ -149,7 +148,7 @@ static void option_table(OptionTable* t, Args* a) {
         option_int("width", NULL, &a->width, 1, 1 << 20, "N", "channels", "by --init"),
         option_int("vocab", NULL, &a->vocab, 1, 1 << 24, "N", "vocabulary size; required for uint32 shards", "256 for text, 50257 for uint16 shards"),
         option_choice("position", NULL, &a->position, "rope|learned", "P", "rotary or learned positions", "by --init; rope"),
-        option_custom("tie-embeddings", NULL, &a->tied, parse_yes_no, print_yes_no, "yes|no", "the head uses the token embedding"),
+        option_yes_no("tie-embeddings", NULL, &a->tied, "the head uses the token embedding"),
         option_group("Batch and length"),
         option_int("micro-batch", "b", &a->micro_batch, 1, MAX_MICRO_BATCH, "N", "sequences of one rank in one pass"),
         option_int("seq-len", "t", &a->seq_len, 1, 1 << 20, "N", "tokens of a sequence"),
@@ -189,8 +188,8 @@ static void option_table(OptionTable* t, Args* a) {
         option_group("Ranks"),
         option_int("zero", "z", &a->zero, 0, 2, "N", "what the ranks divide between them: 0 nothing, 1 optimizer states, 2 gradients too"),
         option_choice("zero-split", NULL, &a->zero_split, "tensor|flat", "S", "tensor: matrices whole, as in the paper; flat: all tensors in equal parts", "by --recipe"),
-        option_int("tp", NULL, &a->tp, 1, 1 << 10, "N", "ranks that share each layer (tensor and sequence parallel); only with --plan yet"),
-        option_int("pp", NULL, &a->pp, 1, 1 << 10, "N", "stages that share the layers (pipeline parallel); only with --plan yet"),
+        option_int("tp", NULL, &a->tp, 1, 1 << 10, "N", "ranks that share each layer (tensor and sequence parallel)"),
+        option_int("pp", NULL, &a->pp, 1, 1 << 10, "N", "stages that share the layers (pipeline parallel)"),
         option_flag("staged", NULL, &a->staged, "GPUs: ranks may share a GPU and exchange through host memory"),
         option_group("Output"),
         option_string("output-dir", "o", &a->output_dir, 1, "DIR", "folder of log.jsonl"),
@@ -212,31 +211,6 @@ static void option_table(OptionTable* t, Args* a) {
     memcpy(t->items, items, sizeof(items));
     t->options = Options{t->items, (int)(sizeof(items) / sizeof(items[0])), refused_flags, (int)(sizeof(refused_flags) / sizeof(refused_flags[0])),
         "usage: mpirun -np RANKS ./train_gpt_fp8 --train-data SPEC [flags]\nPretrains a GPT in FP8, on NVIDIA GPUs or on any CPU. llm.c's short flags mean what they mean there."};
-}
-
-// ---- presets ----
-
-struct Preset { const char* name; int layers, heads, width; Position position; };
-
-static const Preset presets[] = {
-    // GPT-2 by depth, as in llm.c
-    {"gpt2:d6", 6, 6, 384, POSITION_LEARNED}, {"gpt2:d12", 12, 12, 768, POSITION_LEARNED}, {"gpt2:d24", 24, 16, 1024, POSITION_LEARNED},
-    {"gpt2:d36", 36, 20, 1280, POSITION_LEARNED}, {"gpt2:d48", 48, 25, 1600, POSITION_LEARNED}, {"gpt2:d60", 60, 30, 1920, POSITION_LEARNED},
-    {"gpt2:d72", 72, 30, 2880, POSITION_LEARNED}, {"gpt2:d84", 84, 36, 3456, POSITION_LEARNED},
-    // GPT-3 by width (Brown et al. 2020, table 2.1)
-    {"gpt3:c384", 6, 6, 384, POSITION_LEARNED}, {"gpt3:c768", 12, 12, 768, POSITION_LEARNED}, {"gpt3:c1024", 24, 16, 1024, POSITION_LEARNED},
-    {"gpt3:c1536", 24, 16, 1536, POSITION_LEARNED}, {"gpt3:c2048", 24, 16, 2048, POSITION_LEARNED}, {"gpt3:c2560", 32, 32, 2560, POSITION_LEARNED},
-    {"gpt3:c4096", 32, 32, 4096, POSITION_LEARNED}, {"gpt3:c5120", 40, 40, 5120, POSITION_LEARNED}, {"gpt3:c12288", 96, 96, 12288, POSITION_LEARNED},
-    // FP8-LM's table 1
-    {"gpt3:125m", 12, 12, 768, POSITION_ROPE}, {"gpt3:7b", 32, 32, 4096, POSITION_ROPE}, {"gpt3:13b", 40, 40, 5120, POSITION_ROPE},
-    {"gpt3:175b", 96, 96, 12288, POSITION_ROPE},
-};
-
-static const Preset* find_preset(const char* name) {
-    for (const Preset& p : presets) {
-        if (strcmp(p.name, name) == 0 || (strncmp(p.name, "gpt2:", 5) == 0 && strcmp(p.name + 5, name) == 0)) { return &p; }
-    }
-    return NULL;
 }
 
 // ---- the model ----
@@ -261,6 +235,7 @@ struct GptConfig {
     bool embeddings_as_matrices;  // their gradients and states: else in FP32
     ReductionConfig reduction;
     DType dy_wire;            // of dY between the ranks of a layer
+    bool dx_fp8;              // dX is summed over them in FP8
     uint64_t seed;
     RankLayout layout;
     int in_flight = 1;        // micro-batches of which this stage keeps what backward needs
@@ -270,58 +245,64 @@ static int stage_layers(const GptConfig* c) { return c->layers / c->layout.pp; }
 static int first_layer(const GptConfig* c) { return c->layout.stage * stage_layers(c); }
 static bool is_first_stage(const GptConfig* c) { return c->layout.stage == 0; }
 static bool is_last_stage(const GptConfig* c) { return c->layout.stage == c->layout.pp - 1; }
+static int own_width(const GptConfig* c) { return c->width / c->layout.tp; }         // of a rank's heads
+static int own_rows_of(const GptConfig* c, int B) { return B * c->T / c->layout.tp; }  // of the residual stream
 
 // Places where a layer quantises a matmul input: X of its four linear layers, and their dY
 enum Site { X_QKV, X_PROJ, X_FC, X_FCPROJ, DY_QKV, DY_PROJ, DY_FC, DY_FCPROJ, SITES_PER_LAYER };
 
 struct Layer {
     bool fp8;
-    // parameters
+    // parameters; Ci: of C channels those of this rank of tp
     Param *ln1w, *ln1b;          // (C)
-    Param *qkvw, *qkvb;          // (3C, C), (3C)
-    Param *projw, *projb;        // (C, C), (C)
+    Param *qkvw, *qkvb;          // (3Ci, C), (3Ci)
+    Param *projw, *projb;        // (C, Ci), (C)
     Param *ln2w, *ln2b;          // (C)
-    Param *fcw, *fcb;            // (4C, C), (4C)
-    Param *fcprojw, *fcprojb;    // (C, 4C), (C)
-    // kept for backward
-    void* residual;              // (B, T, C) input of the layer
-    void* residual_mid;          // (B, T, C) after attention
-    float *mean1, *rstd1;        // (B, T)
-    float *mean2, *rstd2;        // (B, T)
-    Tensor x_qkv;                // (B, T, C) LayerNorm 1's output; shared between layers at --recompute 2
-    void* qkv;                   // (B, T, 3C)
+    Param *fcw, *fcb;            // (4Ci, C), (4Ci)
+    Param *fcprojw, *fcprojb;    // (C, 4Ci), (C)
+    // kept for backward, of one micro-batch; own: of B·T rows those of this rank of tp
+    void* residual;              // (own, C) input of the layer
+    void* residual_mid;          // (own, C) after attention
+    float *mean1, *rstd1;        // (own)
+    float *mean2, *rstd2;        // (own)
+    Tensor x_qkv;                // (own, C) LayerNorm 1's output; shared between layers at --recompute 2
+    void* qkv;                   // (B, T, 3Ci)
     float* lse;                  // (B, heads, T) logsumexp of the scores
-    Tensor x_proj;               // (B, T, C) attention's output
-    Tensor x_fc;                 // (B, T, C) LayerNorm 2's output; shared at --recompute 2
-    void* fc;                    // (B, T, 4C) before GELU
-    Tensor x_fcproj;             // (B, T, 4C) after GELU; shared from --recompute 1 on
+    Tensor x_proj;               // (B, T, Ci) attention's output
+    Tensor x_fc;                 // (own, C) LayerNorm 2's output; shared at --recompute 2
+    void* fc;                    // (B, T, 4Ci) before GELU
+    Tensor x_fcproj;             // (B, T, 4Ci) after GELU; shared from --recompute 1 on
 };
 
 struct Model {
     GptConfig config;
     ParamTable params;
     Param *wte, *wpe, *lnfw, *lnfb, *head;  // wpe NULL with RoPE; head is wte when tied; all NULL on stages that do without
-    Layer* layers;               // of this stage
+    Topology* topology;
+    Layer* kept;                 // (in_flight, layers of this stage)
+    Layer* layers;               // of the micro-batch that is worked on
     Reduction reduction;         // the gradients
     int64_t micro_steps;         // this rank's so far
     Optimizer optimizer;
     Sites sites;
     int steps_recorded;          // of amaxes: below AMAX_WINDOW the scales are made just in time
-    // kept for backward
-    void* residual_final;        // (B, T, C)
-    float *meanf, *rstdf;        // (B, T)
+    // kept for backward on the last stage, where one micro-batch is in flight
+    void* residual_final;        // (own, C)
+    float *meanf, *rstdf;        // (own)
     // workspace
-    void* narrow;                // (B, T, C) attention's output; final LayerNorm's output; gradients of LayerNorm and attention outputs
-    void* delta;                 // (B, T, C) what a block adds to the residual stream; gradient of the final LayerNorm's output
-    void* dresidual;             // (B, T, C) gradient of the residual stream
-    void* wide;                  // (B, T, 4C) gradients inside a block; a tensor before its just-in-time scale is known
-    void* gathered;              // (B, T, C) where tp > 1: a LayerNorm's output, of all ranks
-    void *stage_out, *stage_in;  // (B, T, C) where pp > 1: what goes to a neighbouring stage, and what comes from one
-    Tensor dy;                   // (B, T, 4C) FP8 output gradient
+    void* narrow;                // (B, T, C) attention's output; a LayerNorm's output of all ranks' rows; a stage's output; gradients of LayerNorm and attention outputs
+    void* delta;                 // (B, T, C) what a block adds to the residual stream; gradient of the final LayerNorm's output; in backward X and dY of all ranks' rows
+    void* dresidual;             // (own, C) gradient of the residual stream
+    void* wide;                  // (B, T, 4Ci) gradients inside a block; a tensor before its just-in-time scale is known
+    void* stage_in;              // (own, C) the residual stream's gradient from the next stage
+    RowExchange rows;            // with the ranks that share this layer
+    StageExchange stages;
+    Tensor dy;                   // (B, T, 4Ci), or (B, T, C) of all ranks' rows: FP8 output gradient
     float* partial;              // sums by column and strip
     float* dw;                   // (dw_elements) a weight gradient of one micro-batch, or some of its rows, before it is added to its accumulator
     size_t dw_elements;
-    void* logits;                // (head_rows, padded_vocab)
+    void* logits;                // (head_rows, this rank's part of padded_vocab)
+    float* logit_statistics;     // (tp, head_rows, 3), and this rank's own behind them
     int head_rows;               // rows of logits at a time
     float* losses;               // (B, T)
     double* loss_total;          // (1) over micro-batches
@@ -341,24 +322,38 @@ constexpr size_t LOGITS_BYTES = (size_t)128 << 20;  // at most, of logits at a t
 constexpr size_t HEAD_GRADIENT_BYTES = (size_t)32 << 20;  // about, of the head's FP32 gradient at a time, where it is added to a narrower one
 
 static int rows_of(const Model* m) { return m->config.B * m->config.T; }
+static size_t wide_bytes(const Model* m) { return (size_t)rows_of(m) * 4 * (size_t)own_width(&m->config) * (size_t)dtype_bytes(m->config.act); }
 
-static Param* add_layer_param(Model* m, int l, const char* name, int64_t rows, int64_t cols, FormatClass c, float init_std, float init_value) {
+// Of a tensor of whole shape (rows, cols) the share of this rank
+static Param* add_model_param(Model* m, const char* name, int layer, int64_t rows, int64_t cols, FormatClass f, TpAxis axis, DType dtype) {
+    const RankLayout* y = &m->config.layout;
+    int64_t tp = axis == TP_WHOLE ? 1 : y->tp;
+    bool by_cols = axis == TP_COLS || rows == 1;
+    Param* p = param_add(&m->params, name, layer, by_cols ? rows : rows / tp, by_cols ? cols / tp : cols, f, dtype);
+    p->tp_axis = axis;
+    p->tp_rank = y->tp_rank;
+    p->tp_ranks = y->tp;
+    p->decay = rows > 1;
+    p->counted = axis != TP_WHOLE || y->tp_rank == 0;
+    p->partial = axis == TP_WHOLE && f == VECTOR && y->tp > 1;
+    return p;
+}
+
+static Param* add_layer_param(Model* m, int l, const char* name, int64_t rows, int64_t cols, FormatClass f, TpAxis axis, float init_std, float init_value) {
     char full[32];
     int number = first_layer(&m->config) + l;
     snprintf(full, sizeof(full), "h%d.%s", number, name);
-    bool fp8 = c == MATRIX && m->layers[l].fp8;
-    Param* p = param_add(&m->params, full, number, rows, cols, c, fp8 ? E4M3 : m->config.act);
+    Param* p = add_model_param(m, full, number, rows, cols, f, axis, f == MATRIX && m->layers[l].fp8 ? E4M3 : m->config.act);
     p->init_std = init_std;
     p->init_value = init_value;
     return p;
 }
 
-// A table with a row a token: this rank's share of the vocabulary
+// A table with a row a token
 static Param* add_vocabulary_param(Model* m, const char* name, int layer, float init_std) {
     const GptConfig* c = &m->config;
-    int64_t rows = c->padded_vocab / c->layout.tp, before = rows * c->layout.tp_rank;
-    Param* p = param_add(&m->params, name, layer, rows, c->width, EMBEDDING, c->act);
-    p->valid_rows = max_of(min_of(c->vocab - before, rows), (int64_t)0);
+    Param* p = add_model_param(m, name, layer, c->padded_vocab, c->width, EMBEDDING, TP_ROWS, c->act);
+    p->valid_rows = max_of(min_of(c->vocab - p->rows * c->layout.tp_rank, p->rows), (int64_t)0);
     p->init_std = init_std;
     return p;
 }
@@ -368,37 +363,46 @@ static Param* add_vocabulary_param(Model* m, const char* name, int layer, float 
 // it; norms and the latter's biases are whole on all.
 static void build_params(Model* m) {
     const GptConfig* c = &m->config;
-    int64_t C = c->width, own = C / c->layout.tp;
+    int64_t C = c->width;
     float std = 0.02f, std_residual = 0.02f / sqrtf(2.0f * (float)c->layers);
     bool first = is_first_stage(c), last = is_last_stage(c);
-    if (first || (c->tied && last)) { m->wte = add_vocabulary_param(m, "wte", -1, std); }
+    if (first || (c->tied && last)) {
+        m->wte = add_vocabulary_param(m, "wte", -1, std);
+        m->wte->apart = c->tied && c->layout.pp > 1;
+    }
     if (first && !c->rope) {
-        m->wpe = param_add(&m->params, "wpe", -1, c->positions, C, EMBEDDING, c->act);
+        m->wpe = add_model_param(m, "wpe", -1, c->positions, C, EMBEDDING, TP_WHOLE, c->act);
         m->wpe->init_std = std;
     }
+    m->params.next_number = (c->rope ? 1 : 2) + 12 * first_layer(c);  // as one rank would count
     for (int l = 0; l < stage_layers(c); l++) {
         Layer* y = &m->layers[l];
         int number = first_layer(c) + l;
         y->fp8 = c->fp8 && number >= c->bf16_layers.first && number < c->layers - c->bf16_layers.last;
-        y->ln1w = add_layer_param(m, l, "ln1w", 1, C, VECTOR, 0.0f, 1.0f);
-        y->ln1b = add_layer_param(m, l, "ln1b", 1, C, VECTOR, 0.0f, 0.0f);
-        y->qkvw = add_layer_param(m, l, "qkvw", 3 * own, C, MATRIX, std, 0.0f);
-        y->qkvb = add_layer_param(m, l, "qkvb", 1, 3 * own, VECTOR, 0.0f, 0.0f);
-        y->projw = add_layer_param(m, l, "attprojw", C, own, MATRIX, std_residual, 0.0f);
-        y->projb = add_layer_param(m, l, "attprojb", 1, C, VECTOR, 0.0f, 0.0f);
-        y->ln2w = add_layer_param(m, l, "ln2w", 1, C, VECTOR, 0.0f, 1.0f);
-        y->ln2b = add_layer_param(m, l, "ln2b", 1, C, VECTOR, 0.0f, 0.0f);
-        y->fcw = add_layer_param(m, l, "fcw", 4 * own, C, MATRIX, std, 0.0f);
-        y->fcb = add_layer_param(m, l, "fcb", 1, 4 * own, VECTOR, 0.0f, 0.0f);
-        y->fcprojw = add_layer_param(m, l, "fcprojw", C, 4 * own, MATRIX, std_residual, 0.0f);
-        y->fcprojb = add_layer_param(m, l, "fcprojb", 1, C, VECTOR, 0.0f, 0.0f);
+        y->ln1w = add_layer_param(m, l, "ln1w", 1, C, VECTOR, TP_WHOLE, 0.0f, 1.0f);
+        y->ln1b = add_layer_param(m, l, "ln1b", 1, C, VECTOR, TP_WHOLE, 0.0f, 0.0f);
+        y->qkvw = add_layer_param(m, l, "qkvw", 3 * C, C, MATRIX, TP_ROWS, std, 0.0f);
+        y->qkvb = add_layer_param(m, l, "qkvb", 1, 3 * C, VECTOR, TP_ROWS, 0.0f, 0.0f);
+        y->qkvw->segments = y->qkvb->segments = 3;
+        y->projw = add_layer_param(m, l, "attprojw", C, C, MATRIX, TP_COLS, std_residual, 0.0f);
+        y->projb = add_layer_param(m, l, "attprojb", 1, C, VECTOR, TP_WHOLE, 0.0f, 0.0f);
+        y->ln2w = add_layer_param(m, l, "ln2w", 1, C, VECTOR, TP_WHOLE, 0.0f, 1.0f);
+        y->ln2b = add_layer_param(m, l, "ln2b", 1, C, VECTOR, TP_WHOLE, 0.0f, 0.0f);
+        y->fcw = add_layer_param(m, l, "fcw", 4 * C, C, MATRIX, TP_ROWS, std, 0.0f);
+        y->fcb = add_layer_param(m, l, "fcb", 1, 4 * C, VECTOR, TP_ROWS, 0.0f, 0.0f);
+        y->fcprojw = add_layer_param(m, l, "fcprojw", C, 4 * C, MATRIX, TP_COLS, std_residual, 0.0f);
+        y->fcprojb = add_layer_param(m, l, "fcprojb", 1, C, VECTOR, TP_WHOLE, 0.0f, 0.0f);
     }
     if (!last) { return; }
-    m->lnfw = param_add(&m->params, "lnfw", c->layers, 1, C, VECTOR, c->act);
+    m->lnfw = add_model_param(m, "lnfw", c->layers, 1, C, VECTOR, TP_WHOLE, c->act);
     m->lnfw->init_value = 1.0f;
-    m->lnfb = param_add(&m->params, "lnfb", c->layers, 1, C, VECTOR, c->act);
+    m->lnfb = add_model_param(m, "lnfb", c->layers, 1, C, VECTOR, TP_WHOLE, c->act);
     m->head = c->tied ? m->wte : add_vocabulary_param(m, "lmhead", c->layers, std);
+    if (c->tied && !first) { m->wte->counted = false; }  // the first stage does
 }
+
+// The first token of this rank's part of the vocabulary
+static int first_token_of(const Param* table) { return (int)table->rows * table->tp_rank; }
 
 // How each gradient is added up and travels, and what the optimizer keeps. Vectors are too few for FP8 to matter, and their precision does.
 static void set_training_formats(Model* m) {
@@ -469,14 +473,19 @@ static MatmulCall linear_weight_call(float* dw, Tensor dy, Tensor x, const Param
 
 // The FP32 accumulator of a vector's gradient
 static float* vector_gradient(const Param* p) { return (float*)p->accumulator; }
+// Is what this micro-batch gives added to what a gradient's accumulator holds?
+static bool adds(const Model* m, const Param* p) { return accumulates(&m->reduction, p); }
+
+// The bias of a row-parallel layer, whose outputs are added up: one rank adds it
+static const Param* bias_once(const Model* m, const Param* b) { return m->config.layout.tp_rank == 0 ? b : NULL; }
 
 // The random bits of one addition to a gradient. `event`: which of those to this parameter in this micro-batch
 static RandomKey gradient_key(const Model* m, const Param* p, int event) {
     const Group* g = m->reduction.group;
-    uint64_t micro_batch = (uint64_t)m->micro_steps * (uint64_t)g->size + (uint64_t)g->rank, param = (uint64_t)(p - m->params.items);
-    return random_key(m->config.seed ^ 0x6772616469656e74ull, micro_batch, param << 32 | (uint64_t)event);
+    uint64_t micro_batch = (uint64_t)m->micro_steps * (uint64_t)g->size + (uint64_t)g->rank;
+    return random_key(m->config.seed ^ 0x6772616469656e74ull, micro_batch, (uint64_t)p->number << 32 | (uint64_t)event);
 }
-constexpr int EMBEDDING_EVENT = 1 << 30;  // after the head's, which number its chunks
+constexpr int EMBEDDING_EVENT = 1 << 30, TIED_EVENT = EMBEDDING_EVENT + 1;  // after the head's, which number its chunks
 
 // How many rows of w's gradient are made at a time: all, but of a head whose FP32 gradient would be large
 static int gradient_rows(const Model* m, const Param* w) {
@@ -484,8 +493,9 @@ static int gradient_rows(const Model* m, const Param* w) {
     return (int)max_of((int64_t)m->dw_elements / w->cols / 16 * 16, (int64_t)16);
 }
 
-// The gradient of w (N, K) [+]= dyᵀ · x: by the matmul itself in FP32, else through m->dw
-static void weight_gradient(Model* m, const Param* w, Tensor dy, Tensor x, int rows, bool accumulate, int event) {
+// The gradient of w (N, K) [+]= dyᵀ · x: by the matmul itself in FP32, else through m->dw. `more`: added to what this micro-batch gave before
+static void weight_gradient(Model* m, const Param* w, Tensor dy, Tensor x, int rows, bool more, int event) {
+    bool accumulate = more || adds(m, w);
     if (w->accum == FP32) {
         MatmulCall c = linear_weight_call((float*)w->accumulator, dy, x, w, 0, (int)w->rows, rows, accumulate);
         matmul(&m->matmul, &c, m->stream);
@@ -499,7 +509,7 @@ static void weight_gradient(Model* m, const Param* w, Tensor dy, Tensor x, int r
         ProfileScope scope("gradient accumulation");
         uint64_t at = (uint64_t)first * (uint64_t)w->cols;
         add_gradient(w->accum, advance(w->accumulator, w->accum, at), m->dw, w->accum_slot, m->reduction.amax + (w - m->params.items),
-                     m->config.accum_rounding, gradient_key(m, w, event), at, (size_t)n * (size_t)w->cols, accumulate, m->stream);
+                     m->config.accum_rounding, gradient_key(m, w, event), whole_elements(w), at, (size_t)n * (size_t)w->cols, accumulate, m->stream);
     }
 }
 
@@ -509,11 +519,11 @@ static void linear_forward(Model* m, void* y, Tensor x, const Param* w, const Pa
     matmul(&m->matmul, &c, m->stream);
     reduction_poll(&m->reduction);  // on a CPU nobody else makes the exchanges go on
 }
-static void linear_backward(Model* m, void* dx, Tensor dy, Tensor x, const Param* w, int rows, bool accumulate) {
+static void linear_backward(Model* m, void* dx, Tensor dy, Tensor x, const Param* w, int rows) {
     ProfileScope scope("matmul backward");
     MatmulCall input = linear_input_call(m, dx, dy, w, rows);
     matmul(&m->matmul, &input, m->stream);
-    weight_gradient(m, w, dy, x, rows, accumulate, 0);
+    weight_gradient(m, w, dy, x, rows, false, 0);
     reduction_poll(&m->reduction);
 }
 
@@ -537,7 +547,7 @@ template <class F> static void each_matmul(const Model* m, F f) {
         }
         if (y == NULL) { continue; }
         const Param* weights[] = {y->qkvw, y->projw, y->fcw, y->fcprojw};
-        const Param* biases[] = {y->qkvb, y->projb, y->fcb, y->fcprojb};
+        const Param* biases[] = {y->qkvb, bias_once(m, y->projb), y->fcb, bias_once(m, y->fcprojb)};
         Tensor x = {NULL, y->fp8 ? c->fp8_fwd : c->act, NULL}, dy = {NULL, y->fp8 ? c->fp8_bwd : c->act, NULL};
         for (int i = 0; i < 4; i++) {
             f(linear_call(m, NULL, x, weights[i], biases[i], rows), times, 0);
@@ -591,48 +601,46 @@ static void model_allocate(Model* m, Memory* memory) {
     m->sites.history = memory_take<float>(memory, OPTIMIZER, sites * AMAX_WINDOW);
     m->sites.slots = memory_take<float>(memory, OPTIMIZER, sites * 4);
     m->sites.largest = memory_take<float>(memory, OPTIMIZER, sites);
-    // what backward needs, of `kept` micro-batches one after the other. Between the layers' matmuls a rank of tp has its `own` rows of all channels, within
-    // attention and MLP all rows of its `inner` channels.
-    size_t tp = (size_t)c->layout.tp, kept = (size_t)c->in_flight, own = rows / tp, inner = C / tp;
+    // what backward needs, of each micro-batch in flight
+    size_t tp = (size_t)c->layout.tp, own = rows / tp, inner = C / tp, kept = (size_t)c->in_flight;
     float* slots = memory_take<float>(memory, ACTIVATIONS, 4 * ((size_t)layers * 4 * kept + 1));
     bool any_bf16_layer = false;
     for (int l = 0; l < layers; l++) { any_bf16_layer |= !m->layers[l].fp8; }
     DType shared_type = any_bf16_layer ? c->act : c->fp8_fwd;  // a shared buffer holds the widest of its tensors
     void* shared_ln = c->recompute >= 2 ? memory_take(memory, WORKSPACE, own * C, (size_t)dtype_bytes(shared_type)) : NULL;
     void* shared_gelu = c->recompute >= 1 ? memory_take(memory, WORKSPACE, rows * 4 * inner, (size_t)dtype_bytes(shared_type)) : NULL;
-    for (int l = 0; l < layers; l++) {
-        Layer* y = &m->layers[l];
+    for (int l = 0; l < layers * c->in_flight; l++) {
+        Layer* y = &m->kept[l];
         DType x = y->fp8 ? c->fp8_fwd : c->act;
-        y->residual = memory_take(memory, ACTIVATIONS, kept * own * C, act);
-        y->residual_mid = memory_take(memory, ACTIVATIONS, kept * own * C, act);
-        y->mean1 = memory_take<float>(memory, ACTIVATIONS, kept * own);
-        y->rstd1 = memory_take<float>(memory, ACTIVATIONS, kept * own);
-        y->mean2 = memory_take<float>(memory, ACTIVATIONS, kept * own);
-        y->rstd2 = memory_take<float>(memory, ACTIVATIONS, kept * own);
-        y->x_qkv = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 2 ? 0 : kept * own * C, &slots);
-        y->qkv = memory_take(memory, ACTIVATIONS, kept * rows * 3 * inner, act);
-        y->lse = memory_take<float>(memory, ACTIVATIONS, kept * rows * (size_t)c->heads / tp);
-        y->x_proj = take_tensor(memory, ACTIVATIONS, x, kept * rows * inner, &slots);
-        y->x_fc = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 2 ? 0 : kept * own * C, &slots);
-        y->fc = memory_take(memory, ACTIVATIONS, kept * rows * 4 * inner, act);
-        y->x_fcproj = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 1 ? 0 : kept * rows * 4 * inner, &slots);
+        y->residual = memory_take(memory, ACTIVATIONS, own * C, act);
+        y->residual_mid = memory_take(memory, ACTIVATIONS, own * C, act);
+        y->mean1 = memory_take<float>(memory, ACTIVATIONS, own);
+        y->rstd1 = memory_take<float>(memory, ACTIVATIONS, own);
+        y->mean2 = memory_take<float>(memory, ACTIVATIONS, own);
+        y->rstd2 = memory_take<float>(memory, ACTIVATIONS, own);
+        y->x_qkv = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 2 ? 0 : own * C, &slots);
+        y->qkv = memory_take(memory, ACTIVATIONS, rows * 3 * inner, act);
+        y->lse = memory_take<float>(memory, ACTIVATIONS, rows * (size_t)c->heads / tp);
+        y->x_proj = take_tensor(memory, ACTIVATIONS, x, rows * inner, &slots);
+        y->x_fc = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 2 ? 0 : own * C, &slots);
+        y->fc = memory_take(memory, ACTIVATIONS, rows * 4 * inner, act);
+        y->x_fcproj = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 1 ? 0 : rows * 4 * inner, &slots);
         if (c->recompute >= 2) { y->x_qkv.data = y->x_fc.data = shared_ln; }
         if (c->recompute >= 1) { y->x_fcproj.data = shared_gelu; }
     }
-    size_t final_rows = is_last_stage(c) ? kept * own : 0;
+    size_t final_rows = is_last_stage(c) ? own : 0;
     m->residual_final = memory_take(memory, ACTIVATIONS, final_rows * C, act);
     m->meanf = memory_take<float>(memory, ACTIVATIONS, final_rows);
     m->rstdf = memory_take<float>(memory, ACTIVATIONS, final_rows);
-    // workspace. What ranks of tp add up between them (into narrow and delta) is whole on each of them first.
+    // workspace. What ranks of tp add up between them (into narrow and delta) is of all rows on each of them first.
     size_t inside = max_of(4 * inner, tp > 1 ? C : 0);  // channels of the widest tensor of a block, with dY gathered
     m->narrow = memory_take(memory, WORKSPACE, rows * C, act);
     m->delta = memory_take(memory, WORKSPACE, rows * C, act);
     m->dresidual = memory_take(memory, WORKSPACE, own * C, act);
-    m->wide = memory_take(memory, WORKSPACE, rows * 4 * inner, act);
+    m->wide = memory_take(memory, WORKSPACE, wide_bytes(m), 1);
     m->dy = take_tensor(memory, WORKSPACE, c->fp8 ? c->fp8_bwd : c->act, c->fp8 ? rows * inside : 0, &slots);
-    m->gathered = memory_take(memory, WORKSPACE, tp > 1 ? rows * C : 0, (size_t)dtype_bytes(is_last_stage(c) ? c->act : shared_type));
-    m->stage_out = memory_take(memory, COMMUNICATION, c->layout.pp > 1 ? own * C : 0, act);
-    m->stage_in = memory_take(memory, COMMUNICATION, c->layout.pp > 1 ? own * C : 0, act);
+    m->stage_in = memory_take(memory, COMMUNICATION, is_last_stage(c) ? 0 : own * C, act);
+    rows_allocate(&m->rows, &m->topology->tensor, rows_of(m), c->width, c->act, c->dx_fp8, memory);
     size_t strips = max_of((size_t)strips_of((int)rows) * inside, (size_t)strips_of((int)own) * 2 * C);  // of a bias, of a LayerNorm
     m->partial = memory_take<float>(memory, WORKSPACE, strips);
     m->dw_elements = 0;
@@ -647,7 +655,9 @@ static void model_allocate(Model* m, Memory* memory) {
     size_t row_of_logits = (size_t)c->padded_vocab / tp;
     size_t most = max_of(LOGITS_BYTES / (row_of_logits * act), (size_t)1), chunks = ceil_div(rows, most);
     m->head_rows = (int)min_of(round_up(ceil_div(rows, chunks), (size_t)16), rows);
-    m->logits = memory_take(memory, WORKSPACE, is_last_stage(c) ? (size_t)m->head_rows * row_of_logits : 0, act);
+    size_t logit_rows = is_last_stage(c) ? (size_t)m->head_rows : 0;
+    m->logits = memory_take(memory, WORKSPACE, logit_rows * row_of_logits, act);
+    m->logit_statistics = memory_take<float>(memory, WORKSPACE, logit_rows * LOGIT_STATISTICS * (tp > 1 ? tp + 1 : 1));
     m->losses = memory_take<float>(memory, WORKSPACE, rows);
     m->loss_total = memory_take<double>(memory, WORKSPACE, 1);
     m->loss_mean = memory_take<float>(memory, WORKSPACE, 1);
@@ -671,24 +681,36 @@ static void model_allocate(Model* m, Memory* memory) {
     if (memory->committed) { matmul_set_workspace(&m->matmul, matmul_workspace, m->matmul.planned); }
 }
 
+// The micro-batch of the step that is worked on from here on
+static void select_micro_batch(Model* m, int index) {
+    m->layers = m->kept + (size_t)(index % m->config.in_flight) * (size_t)stage_layers(&m->config);
+}
+
 // What a model is made of, on this rank; nothing of a device is touched
-static void model_describe(Model* m, const GptConfig* config, Group* group) {
+static void model_describe(Model* m, const GptConfig* config, Topology* topology) {
     *m = Model{};
     m->config = *config;
-    size_t layers = (size_t)stage_layers(config);
-    m->layers = (Layer*)host_alloc(layers * sizeof(Layer));
-    for (size_t l = 0; l < layers; l++) { m->layers[l] = Layer{}; }
+    m->topology = topology;
+    int layers = stage_layers(config), all = layers * config->in_flight;
+    m->kept = (Layer*)host_alloc((size_t)all * sizeof(Layer));
+    for (int l = 0; l < all; l++) { m->kept[l] = Layer{}; }
+    select_micro_batch(m, 0);
     build_params(m);
+    for (int l = layers; l < all; l++) { m->kept[l] = m->kept[l - layers]; }
     set_training_formats(m);
-    m->optimizer.config = config->optimizer;
-    reduction_plan(&m->reduction, group, &m->params, config->reduction);
-    m->optimizer.group = group;
-    m->optimizer.partitioned = zero_level(&m->reduction) > 0;
+    reduction_plan(&m->reduction, &topology->data, &topology->tensor, &m->params, config->reduction);
+    Optimizer* o = &m->optimizer;
+    o->config = config->optimizer;
+    o->data = &topology->data;
+    o->tensor = &topology->tensor;
+    o->world = &topology->world;
+    o->replica = config->layout.replica;
+    o->partitioned = zero_level(&m->reduction) > 0;
 }
 
 // Everything about a model but its memory, which is only counted
-static void model_plan(Model* m, const GptConfig* config, Group* group, Memory* memory) {
-    model_describe(m, config, group);
+static void model_plan(Model* m, const GptConfig* config, Topology* topology, Memory* memory) {
+    model_describe(m, config, topology);
     m->stream = stream_create();
     m->record = (StepRecord*)pinned_alloc(sizeof(StepRecord));
     m->statistics = (TensorStatistics*)pinned_alloc((size_t)m->params.count * sizeof(TensorStatistics));
@@ -696,6 +718,9 @@ static void model_plan(Model* m, const GptConfig* config, Group* group, Memory* 
     matmul_create(&m->matmul);
     model_allocate(m, memory);
 }
+
+// While a rank waits for others of its layer or the next stage; on a CPU nobody else makes the reduction go on
+static void poll_reduction(void* model) { reduction_poll(&((Model*)model)->reduction); }
 
 // Takes the planned memory, and sets all state that is not weights to what it is before the first step
 static void model_commit(Model* m, Memory* memory) {
@@ -705,6 +730,11 @@ static void model_commit(Model* m, Memory* memory) {
     memory_check(memory);
     optimizer_reset(&m->optimizer, &m->params, m->stream);
     reduction_start_up(&m->reduction);
+    size_t sequence = (size_t)own_rows_of(config, 1) * (size_t)config->width, act = (size_t)dtype_bytes(config->act);
+    rows_create(&m->rows, min_of(transfer_unit(sequence), sizeof(float)));  // a row's statistics in the loss are three floats
+    stages_create(&m->stages, &m->topology->pipe, max_of((size_t)config->B * sequence * act, wide_bytes(m)), transfer_unit(sequence * act));
+    m->rows.meanwhile = m->stages.meanwhile = poll_reduction;
+    m->rows.context = m->stages.context = m;
     for (int i = 0; i < m->params.count; i++) {
         if (m->params.items[i].slot != NULL) { run_rows(ResetSlots{m->params.items[i].slot}, 1, m->stream); }
     }
@@ -718,8 +748,9 @@ static void model_commit(Model* m, Memory* memory) {
         for (size_t i = 0; i < n; i++) { largest[i] = largest_of(i % SITES_PER_LAYER < DY_QKV ? config->fp8_fwd : config->fp8_bwd); }
         copy_to_device(s->largest, largest, n * sizeof(float), m->stream);
         run_rows(ResetSlots{m->dy.slot}, 1, m->stream);
-        for (int l = 0; l < config->layers; l++) {
-            const Tensor kept[] = {m->layers[l].x_qkv, m->layers[l].x_proj, m->layers[l].x_fc, m->layers[l].x_fcproj};
+        for (int l = 0; l < stage_layers(config) * config->in_flight; l++) {
+            const Layer* y = &m->kept[l];
+            const Tensor kept[] = {y->x_qkv, y->x_proj, y->x_fc, y->x_fcproj};
             for (const Tensor& t : kept) {
                 if (t.slot != NULL) { run_rows(ResetSlots{t.slot}, 1, m->stream); }
             }
@@ -740,30 +771,65 @@ static void model_commit(Model* m, Memory* memory) {
 static void model_free(Model* m, Memory* memory) {
     stream_sync(m->stream);
     reduction_free(&m->reduction);
+    rows_free(&m->rows);
+    stages_free(&m->stages);
     matmul_destroy(&m->matmul);
     stream_destroy(m->stream);
     pinned_free(m->record);
     pinned_free(m->statistics);
     event_destroy(m->record_ready);
     memory_release(memory);
-    free(m->layers);
+    free(m->kept);
     *m = Model{};
 }
 
-// Sets every master weight to rank 0's: from an llm.c file, or from the seed; then the weights that the forward pass reads.
-static void model_set_weights(Model* m, Group* group, const LlmcModel* file) {
-    size_t largest = 0;
+// Sets every master weight from an llm.c file, or from the seed; then the weights that the forward pass reads. Nodes may differ in their files, or in
+// libm's last bit: what several ranks hold the first of them gives.
+static void model_set_weights(Model* m, const LlmcModel* file) {
+    const GptConfig* c = &m->config;
+    Topology* t = m->topology;
+    bool twin = c->tied && c->layout.pp > 1;  // first and last stage both have wte; those between pass it on
+    size_t largest = twin ? (size_t)(c->padded_vocab / c->layout.tp) * (size_t)c->width : 0, table = largest;
     for (int i = 0; i < m->params.count; i++) { largest = max_of(largest, param_elements(&m->params.items[i])); }
     float* values = (float*)host_alloc(largest * sizeof(float));
+    auto from_first_stage = [&]() { host_broadcast(&t->pipe, values, table * sizeof(float), 0); };
+    if (twin && m->wte == NULL) { from_first_stage(); }
     for (int i = 0; i < m->params.count; i++) {
         Param* p = &m->params.items[i];
-        if (file != NULL) { llmc_read(values, file, p); } else { param_initialise(values, p, m->config.seed); }
-        host_broadcast(group, values, param_elements(p) * sizeof(float), 0);  // nodes may differ in their files, or in libm's last bit
-        optimizer_set_master(p, values, m->stream);
+        if (file != NULL) { llmc_read(values, file, p); } else { param_initialise(values, p, c->seed); }
+        host_broadcast(&t->data, values, param_elements(p) * sizeof(float), 0);
+        if (p->tp_axis == TP_WHOLE) { host_broadcast(&t->tensor, values, param_elements(p) * sizeof(float), 0); }
+        if (twin && p == m->wte) { from_first_stage(); }
+        optimizer_set_master(p, values, &t->tensor, m->stream);
     }
     free(values);
     optimizer_cast_weights(&m->optimizer, &m->params, m->stream);
     weights_start(&m->reduction, m->stream);
+}
+
+// ---- between ranks ----
+
+// x, of which a rank of tp has made its own rows (own, C), of all ranks' rows (B, T, C) in `into`; x itself where there is one rank
+static Tensor all_rows(Model* m, Tensor x, void* into, int own, int C, CommOperation purpose) {
+    if (m->config.layout.tp == 1) { return x; }
+    rows_gather(&m->rows, into, x.data, x.dtype, own, C, purpose, m->stream);
+    return Tensor{into, x.dtype, x.slot};
+}
+
+// out (own, C) = this rank's rows of the sum over the ranks of tp of `whole` (B, T, C), which may be out. `fp8`: they travel in FP8
+static void own_rows(Model* m, void* out, void* whole, bool fp8, int own, CommOperation purpose) {
+    rows_sum(&m->rows, out, whole, m->config.act, fp8, own, m->config.width, purpose, m->stream);
+}
+
+// Between two passes: what the last one has made, of (B, T), goes to its neighbour while what the next one needs comes in. A stage's output is in narrow,
+// the gradient of its input in dresidual.
+static void exchange_stages(Model* m, ScheduleExchange e, int B, int next_index) {
+    const GptConfig* c = &m->config;
+    if (e.to < 0 && e.from < 0) { return; }
+    int stage = c->layout.stage;
+    size_t bytes = (size_t)own_rows_of(c, B) * (size_t)c->width * (size_t)dtype_bytes(c->act);
+    Layer* next = m->kept + (size_t)(next_index % c->in_flight) * (size_t)stage_layers(c);
+    stage_exchange(&m->stages, e.from > stage ? m->stage_in : next->residual, e.from, e.to > stage ? m->narrow : m->dresidual, e.to, bytes, m->stream);
 }
 
 // ---- forward ----
@@ -777,6 +843,7 @@ static Quantisation site_of(Model* m, int layer, Site site, Purpose purpose) {
     q.site = layer * SITES_PER_LAYER + site;
     q.just_in_time = m->config.scaling == SCALING_CURRENT || m->steps_recorded < AMAX_WINDOW;
     q.record = purpose == TRAIN;
+    q.sharers = m->config.layout.tp > 1 ? &m->rows : NULL;
     return q;
 }
 static Quantisation recomputed(Quantisation q) {
@@ -797,7 +864,7 @@ static void gelu_forward(Model* m, int l, Quantisation q, int rows) {
     Layer* y = &m->layers[l];
     const void* fc = y->fc;
     produce(y->x_fcproj, NULL, [=](auto t) { typedef typename decltype(t)::type T; return GeluSource<T>{(const T*)fc}; }, m->config.act, q, m->wide,
-            rows, 4 * m->config.width, m->stream);
+            rows, 4 * own_width(&m->config), m->stream);
 }
 
 // LayerNorm's output again, from the statistics that were kept
@@ -818,185 +885,206 @@ static Tensor matmul_input(Model* m, Tensor out, float* partial, void* x, Quanti
     return out;
 }
 
-// From m->tokens (B, T) to the final LayerNorm's output in m->narrow (B, T, C)
+// From m->tokens (B, T), or the stage before, to the final LayerNorm's output in m->narrow (B, T, C), or this stage's (own, C)
 static void forward(Model* m, int B, Purpose purpose) {
     const GptConfig* c = &m->config;
-    int C = c->width, rows = B * c->T;
+    int C = c->width, inner = own_width(c), rows = B * c->T, own = own_rows_of(c, B);
     Stream s = m->stream;
     void* x = m->layers[0].residual;
     weights_wait(&m->reduction, -1, s);
     weights_wait(&m->reduction, ALL_LAYERS, s);
-    {
+    if (is_first_stage(c)) {
         ProfileScope scope("embedding forward");
+        void* out = c->layout.tp > 1 ? m->delta : x;  // each rank's tokens, to be added up
         with_type(c->act, [&](auto t) {
             typedef typename decltype(t)::type T;
-            run_rows(EmbeddingForward<T>{(T*)x, m->tokens, (const T*)m->wte->weight, (const T*)(c->rope ? NULL : m->wpe->weight), c->T, C}, rows, s);
+            run_rows(EmbeddingForward<T>{(T*)out, m->tokens, (const T*)m->wte->weight, (const T*)(c->rope ? NULL : m->wpe->weight), first_token_of(m->wte),
+                                         (int)m->wte->rows, c->T, C}, rows, s);
         });
+        own_rows(m, x, out, false, own, TP_OTHER);
     }
     const void* delta = NULL;
-    for (int l = 0; l < c->layers; l++) {
+    for (int l = 0; l < stage_layers(c); l++) {
         Layer* y = &m->layers[l];
         weights_wait(&m->reduction, first_layer(c) + l, s);
-        layernorm_forward(y->x_qkv, layernorm_1(y, x, delta), c->act, site_of(m, l, X_QKV, purpose), m->wide, rows, C, s);
-        linear_forward(m, y->qkv, y->x_qkv, y->qkvw, y->qkvb, rows);
+        layernorm_forward(y->x_qkv, layernorm_1(y, x, delta), c->act, site_of(m, l, X_QKV, purpose), m->wide, own, C, s);
+        linear_forward(m, y->qkv, all_rows(m, y->x_qkv, m->narrow, own, C, TP_X), y->qkvw, y->qkvb, rows);
         void* out = y->fp8 ? m->narrow : y->x_proj.data;
         attention_forward(&m->attention, &m->matmul, out, y->lse, y->qkv, B, s);
-        if (y->fp8) { matmul_input(m, y->x_proj, NULL, out, site_of(m, l, X_PROJ, purpose), rows, C, true); }
-        linear_forward(m, m->delta, y->x_proj, y->projw, y->projb, rows);
-        layernorm_forward(y->x_fc, layernorm_2(y, y->residual, m->delta), c->act, site_of(m, l, X_FC, purpose), m->wide, rows, C, s);
-        linear_forward(m, y->fc, y->x_fc, y->fcw, y->fcb, rows);
+        if (y->fp8) { matmul_input(m, y->x_proj, NULL, out, site_of(m, l, X_PROJ, purpose), rows, inner, true); }
+        linear_forward(m, m->delta, y->x_proj, y->projw, bias_once(m, y->projb), rows);
+        own_rows(m, m->delta, m->delta, false, own, TP_Y);
+        layernorm_forward(y->x_fc, layernorm_2(y, y->residual, m->delta), c->act, site_of(m, l, X_FC, purpose), m->wide, own, C, s);
+        linear_forward(m, y->fc, all_rows(m, y->x_fc, m->narrow, own, C, TP_X), y->fcw, y->fcb, rows);
         gelu_forward(m, l, site_of(m, l, X_FCPROJ, purpose), rows);
-        linear_forward(m, m->delta, y->x_fcproj, y->fcprojw, y->fcprojb, rows);
+        linear_forward(m, m->delta, y->x_fcproj, y->fcprojw, bias_once(m, y->fcprojb), rows);
+        own_rows(m, m->delta, m->delta, false, own, TP_Y);
         x = y->residual_mid;
         delta = m->delta;
     }
+    if (!is_last_stage(c)) {
+        with_type(c->act, [&](auto t) {
+            typedef typename decltype(t)::type T;
+            run_rows(AddRows<T>{(T*)m->narrow, (const T*)x, (const T*)delta, C}, own, s);
+        });
+        return;
+    }
     weights_wait(&m->reduction, c->layers, s);
-    Tensor out = {m->narrow, c->act, NULL};
+    Tensor out = {advance(m->narrow, c->act, (size_t)c->layout.tp_rank * (size_t)own * (size_t)C), c->act, NULL};  // among all ranks' rows
     layernorm_forward(out, LayerNormInputs{m->residual_final, x, delta, m->lnfw->weight, m->lnfb->weight, m->meanf, m->rstdf}, c->act, Quantisation{},
-                      NULL, rows, C, s);
+                      NULL, own, C, s);
+    all_rows(m, out, m->narrow, own, C, TP_OTHER);
 }
 
-// Logits and loss of m->narrow (B, T, C) against m->targets, chunk by chunk; adds to m->loss_total. `backward`: also the gradient of m->narrow into
-// m->delta and of the head's weight, each row weighing `weight` in the mean.
-static void head_loss(Model* m, int B, bool backward, float weight, bool accumulate) {
+// Logits and loss of m->narrow (B, T, C) against m->targets, chunk by chunk; adds to m->loss_total. `backward`: also the gradient of the final LayerNorm's
+// output into m->delta (own, C) and of the head's weight, each row weighing `weight` in the mean.
+static void head_loss(Model* m, int B, bool backward, float weight) {
     ProfileScope scope("head and loss");
     const GptConfig* c = &m->config;
-    int rows = B * c->T;
+    const Param* w = m->head;
+    int rows = B * c->T, parts = c->layout.tp;
     for (int first = 0, chunk = 0; first < rows; first += m->head_rows, chunk++) {
         int n = min_of(m->head_rows, rows - first);
         size_t at = (size_t)first * (size_t)c->width;
         Tensor x = {advance(m->narrow, c->act, at), c->act, NULL}, z = {m->logits, c->act, NULL};
-        MatmulCall logits = linear_call(m, m->logits, x, m->head, NULL, n);
+        MatmulCall logits = linear_call(m, m->logits, x, w, NULL, n);
         matmul(&m->matmul, &logits, m->stream);
+        Tensor mine = {m->logit_statistics + (parts > 1 ? (size_t)parts * (size_t)m->head_rows * LOGIT_STATISTICS : 0), FP32, NULL};
+        int from = first_token_of(w), valid = (int)w->valid_rows, padded = (int)w->rows;
+        const int* targets = m->targets + first;
         with_type(c->act, [&](auto t) {
             typedef typename decltype(t)::type T;
-            run_rows(CrossEntropy<T>{m->losses + first, (T*)m->logits, m->targets + first, weight, c->vocab, c->padded_vocab, backward}, n, m->stream);
+            run_rows(LogitStatistics<T>{(float*)mine.data, (const T*)m->logits, targets, from, valid, padded}, n, m->stream);
+            const float* all = (const float*)all_rows(m, mine, m->logit_statistics, n, LOGIT_STATISTICS, TP_OTHER).data;
+            run_rows(CrossEntropy<T>{m->losses + first, (T*)m->logits, all, parts, (size_t)n * LOGIT_STATISTICS, targets, weight, from, valid, padded, backward}, n, m->stream);
         });
         if (!backward) { continue; }
-        MatmulCall dx = linear_input_call(m, advance(m->delta, c->act, at), z, m->head, n);
+        MatmulCall dx = linear_input_call(m, advance(m->delta, c->act, at), z, w, n);
         matmul(&m->matmul, &dx, m->stream);
-        weight_gradient(m, m->head, z, x, n, accumulate || first > 0, chunk);
+        weight_gradient(m, w, z, x, n, first > 0, chunk);
     }
+    if (backward) { own_rows(m, m->delta, m->delta, false, own_rows_of(c, B), TP_OTHER); }
     run_rows(AddLosses{m->loss_total, m->losses, rows}, 1, m->stream);
 }
 
 // ---- backward ----
 
 // dy = the gradient of a linear layer's output, (rows, C) in x, as its matmuls take it; adds up its bias gradient
-static Tensor output_gradient(Model* m, int l, Site site, void* x, const Param* bias, int rows, bool accumulate) {
+static Tensor output_gradient(Model* m, int l, Site site, void* x, const Param* bias, int rows) {
     int C = (int)bias->cols;
     Tensor dy = matmul_input(m, m->dy, m->partial, x, site_of(m, l, site, TRAIN), rows, C, m->layers[l].fp8);
-    finish_columns(vector_gradient(bias), m->partial, strips_of(rows), C, accumulate, m->stream);
+    finish_columns(vector_gradient(bias), m->partial, strips_of(rows), C, adds(m, bias), m->stream);
     return dy;
 }
 
-static void layernorm_backward_of(Model* m, const Param* gain, const Param* bias, const void* dy, LayerNormInputs in, int rows, bool first_use, bool accumulate) {
-    layernorm_backward(m->dresidual, vector_gradient(gain), vector_gradient(bias), m->partial, dy, in, m->config.act, !first_use, accumulate, rows, m->config.width,
-                       m->stream);
+// The same for a layer that adds to the residual stream, from the stream's gradient, of which a rank of tp has its own rows: all ranks' rows. In FP8 they
+// travel as codes, or in the activations' type, of which each rank then makes the same codes.
+static Tensor residual_gradient(Model* m, int l, Site site, const Param* bias, int rows) {
+    const GptConfig* c = &m->config;
+    if (c->layout.tp == 1) { return output_gradient(m, l, site, m->dresidual, bias, rows); }
+    bool fp8 = m->layers[l].fp8, as_codes = fp8 && is_fp8(c->dy_wire);
+    int C = c->width, own = rows / c->layout.tp;
+    Quantisation q = site_of(m, l, site, TRAIN);
+    Tensor dy = matmul_input(m, Tensor{m->wide, m->dy.dtype, m->dy.slot}, m->partial, m->dresidual, q, own, C, as_codes);
+    finish_columns(vector_gradient(bias), m->partial, strips_of(own), C, adds(m, bias), m->stream);
+    dy = all_rows(m, dy, as_codes ? m->dy.data : m->delta, own, C, TP_DY);
+    q.sharers = NULL;  // all have the same
+    return fp8 && !as_codes ? matmul_input(m, m->dy, NULL, dy.data, q, rows, C, true) : dy;
 }
 
-// Gradients of all parameters from m->delta, the gradient of the final LayerNorm's output. `accumulate`: on top of those of earlier micro-batches. `last`:
-// no micro-batch will be added to them: gradients that are complete start on their way between the ranks.
-static void backward(Model* m, int B, bool accumulate, bool last) {
+// The gradient of a LayerNorm's output, of which each rank of tp has a part in m->narrow, added up, and on through the LayerNorm into the residual stream
+static void norm_backward(Model* m, int l, const Param* gain, const Param* bias, LayerNormInputs in, int own) {
     const GptConfig* c = &m->config;
-    int C = c->width, rows = B * c->T;
-    Stream s = m->stream;
-    if (last) { reduction_start(&m->reduction, c->layers, s); }
-    layernorm_backward_of(m, m->lnfw, m->lnfb, m->delta, LayerNormInputs{NULL, m->residual_final, NULL, m->lnfw->weight, NULL, m->meanf, m->rstdf}, rows,
-                          true, accumulate);
-    for (int l = c->layers - 1; l >= 0; l--) {
-        Layer* y = &m->layers[l];
-        reduction_clear_way(&m->reduction, first_layer(c) + l, s);
-        LayerNormInputs ln1 = layernorm_1(y, y->residual, NULL), ln2 = layernorm_2(y, y->residual_mid, NULL);
-        // second linear layer of the block, GELU, the first
-        Tensor dy = output_gradient(m, l, DY_FCPROJ, m->dresidual, y->fcprojb, rows, accumulate);
-        if (c->recompute >= 1) { gelu_forward(m, l, recomputed(site_of(m, l, X_FCPROJ, TRAIN)), rows); }
-        linear_backward(m, m->wide, dy, y->x_fcproj, y->fcprojw, rows, accumulate);
-        Tensor dfc = y->fp8 ? m->dy : Tensor{m->wide, c->act, NULL};
-        {
-            ProfileScope scope("gelu backward");
-            const void *dgelu = m->wide, *fc = y->fc;
-            produce(dfc, m->partial, [=](auto t) { typedef typename decltype(t)::type T; return GeluGradSource<T>{(const T*)dgelu, (const T*)fc}; }, c->act,
-                    site_of(m, l, DY_FC, TRAIN), m->wide, rows, 4 * C, s);
-            finish_columns(vector_gradient(y->fcb), m->partial, strips_of(rows), 4 * C, accumulate, s);
-        }
-        if (c->recompute >= 2) { layernorm_again(m, y->x_fc, ln2, site_of(m, l, X_FC, TRAIN), rows); }
-        linear_backward(m, m->narrow, dfc, y->x_fc, y->fcw, rows, accumulate);
-        layernorm_backward_of(m, y->ln2w, y->ln2b, m->narrow, ln2, rows, false, accumulate);
-        // projection, attention, queries with keys and values
-        dy = output_gradient(m, l, DY_PROJ, m->dresidual, y->projb, rows, accumulate);
-        linear_backward(m, m->narrow, dy, y->x_proj, y->projw, rows, accumulate);
-        attention_backward(&m->attention, &m->matmul, m->wide, m->narrow, y->qkv, y->lse, B, s);
-        dy = output_gradient(m, l, DY_QKV, m->wide, y->qkvb, rows, accumulate);
-        if (c->recompute >= 2) { layernorm_again(m, y->x_qkv, ln1, site_of(m, l, X_QKV, TRAIN), rows); }
-        linear_backward(m, m->narrow, dy, y->x_qkv, y->qkvw, rows, accumulate);
-        layernorm_backward_of(m, y->ln1w, y->ln1b, m->narrow, ln1, rows, false, accumulate);
-        if (last) { reduction_start(&m->reduction, first_layer(c) + l, s); }
-    }
+    own_rows(m, m->narrow, m->narrow, c->dx_fp8 && m->layers[l].fp8, own, TP_DX);
+    layernorm_backward(m->dresidual, vector_gradient(gain), vector_gradient(bias), m->partial, m->narrow, in, c->act, true, adds(m, gain), own, c->width, m->stream);
+}
+
+// The gradients of token and position embeddings from m->dresidual: of all ranks' rows, for this rank's part of the vocabulary
+static void embedding_backward(Model* m, int B) {
     ProfileScope scope("embedding backward");
+    const GptConfig* c = &m->config;
+    int C = c->width;
+    Stream s = m->stream;
     auto zero = [=](const Param* p) { device_zero(p->accumulator, param_elements(p) * (size_t)dtype_bytes(p->accum), s); };
-    if (!c->tied && !accumulate) { zero(m->wte); }  // tied: the head has written it
-    if (!c->rope && !accumulate && c->positions > c->T) { zero(m->wpe); }
+    if (m->head != m->wte && !adds(m, m->wte)) { zero(m->wte); }  // else the head has written it
+    if (!c->rope && !adds(m, m->wpe) && c->positions > c->T) { zero(m->wpe); }
+    Tensor dx = all_rows(m, Tensor{m->dresidual, c->act, NULL}, m->delta, own_rows_of(c, B), C, TP_OTHER);
     with_accumulator(m->wte->accum, c->accum_rounding, [&](auto a, auto rounding) {
         with_type(c->act, [&](auto t) {
             typedef typename decltype(t)::type T;
             typedef typename decltype(a)::type A;
             constexpr Rounding R = decltype(rounding)::value;
-            const T* dx = (const T*)m->dresidual;
-            run_rows(EmbeddingBackward<T, A, R>{(A*)m->wte->accumulator, dx, m->groups, gradient_key(m, m->wte, EMBEDDING_EVENT), C}, m->groups.groups, s);
+            const T* x = (const T*)dx.data;
+            run_rows(EmbeddingBackward<T, A, R>{(A*)m->wte->accumulator, x, m->groups, gradient_key(m, m->wte, EMBEDDING_EVENT), first_token_of(m->wte), C}, m->groups.groups, s);
             if (c->rope) { return; }
-            run_rows(PositionBackward<T, A, R>{(A*)m->wpe->accumulator, dx, gradient_key(m, m->wpe, 0), B, c->T, C, accumulate}, c->T, s);
+            run_rows(PositionBackward<T, A, R>{(A*)m->wpe->accumulator, x, gradient_key(m, m->wpe, 0), B, c->T, C, adds(m, m->wpe)}, c->T, s);
         });
     });
 }
 
+// Gradients of all parameters of this stage, and of its input in m->dresidual, from m->delta, the gradient of the final LayerNorm's output, or from
+// m->stage_in, that of this stage's output. Those that are complete start on their way between replicas.
+static void backward(Model* m, int B) {
+    const GptConfig* c = &m->config;
+    int C = c->width, inner = own_width(c), rows = B * c->T, own = own_rows_of(c, B);
+    Stream s = m->stream;
+    reduction_start(&m->reduction, c->layers, s);
+    if (is_last_stage(c)) {
+        LayerNormInputs in = {NULL, m->residual_final, NULL, m->lnfw->weight, NULL, m->meanf, m->rstdf};
+        layernorm_backward(m->dresidual, vector_gradient(m->lnfw), vector_gradient(m->lnfb), m->partial, m->delta, in, c->act, false, adds(m, m->lnfw), own, C, s);
+    } else {
+        std::swap(m->dresidual, m->stage_in);
+    }
+    for (int l = stage_layers(c) - 1; l >= 0; l--) {
+        Layer* y = &m->layers[l];
+        reduction_clear_way(&m->reduction, first_layer(c) + l, s);
+        LayerNormInputs ln1 = layernorm_1(y, y->residual, NULL), ln2 = layernorm_2(y, y->residual_mid, NULL);
+        // second linear layer of the block, GELU, the first
+        Tensor dy = residual_gradient(m, l, DY_FCPROJ, y->fcprojb, rows);
+        if (c->recompute >= 1) { gelu_forward(m, l, recomputed(site_of(m, l, X_FCPROJ, TRAIN)), rows); }
+        linear_backward(m, m->wide, dy, y->x_fcproj, y->fcprojw, rows);
+        Tensor dfc = y->fp8 ? m->dy : Tensor{m->wide, c->act, NULL};
+        {
+            ProfileScope scope("gelu backward");
+            const void *dgelu = m->wide, *fc = y->fc;
+            produce(dfc, m->partial, [=](auto t) { typedef typename decltype(t)::type T; return GeluGradSource<T>{(const T*)dgelu, (const T*)fc}; }, c->act,
+                    site_of(m, l, DY_FC, TRAIN), m->wide, rows, 4 * inner, s);
+            finish_columns(vector_gradient(y->fcb), m->partial, strips_of(rows), 4 * inner, adds(m, y->fcb), s);
+        }
+        if (c->recompute >= 2) { layernorm_again(m, y->x_fc, ln2, site_of(m, l, X_FC, TRAIN), own); }
+        linear_backward(m, m->narrow, dfc, all_rows(m, y->x_fc, m->delta, own, C, TP_X_AGAIN), y->fcw, rows);
+        norm_backward(m, l, y->ln2w, y->ln2b, ln2, own);
+        // projection, attention, queries with keys and values
+        dy = residual_gradient(m, l, DY_PROJ, y->projb, rows);
+        linear_backward(m, m->narrow, dy, y->x_proj, y->projw, rows);
+        attention_backward(&m->attention, &m->matmul, m->wide, m->narrow, y->qkv, y->lse, B, s);
+        dy = output_gradient(m, l, DY_QKV, m->wide, y->qkvb, rows);
+        if (c->recompute >= 2) { layernorm_again(m, y->x_qkv, ln1, site_of(m, l, X_QKV, TRAIN), own); }
+        linear_backward(m, m->narrow, dy, all_rows(m, y->x_qkv, m->delta, own, C, TP_X_AGAIN), y->qkvw, rows);
+        norm_backward(m, l, y->ln1w, y->ln1b, ln1, own);
+        reduction_start(&m->reduction, first_layer(c) + l, s);
+    }
+    if (is_first_stage(c)) { embedding_backward(m, B); }
+}
+
 // ---- batches ----
 
-struct HostBatch {               // of one micro-batch
-    int32_t *tokens, *targets;   // (B, T)
-    int32_t *order, *first, *group_token;
-    uint64_t* keys;
-};
-
-static HostBatch host_batch_create(int rows) {
-    size_t n = (size_t)rows * sizeof(int32_t);
-    HostBatch b = {};
-    b.tokens = (int32_t*)host_alloc(n);
-    b.targets = (int32_t*)host_alloc(n);
-    b.order = (int32_t*)host_alloc(n);
-    b.first = (int32_t*)host_alloc(n + sizeof(int32_t));
-    b.group_token = (int32_t*)host_alloc(n);
-    b.keys = (uint64_t*)host_alloc((size_t)rows * sizeof(uint64_t));
-    return b;
-}
-static void host_batch_free(HostBatch* b) {
-    free(b->tokens); free(b->targets); free(b->order); free(b->first); free(b->group_token); free(b->keys);
-    *b = HostBatch{};
-}
-
-// Tokens and targets to the device; for training also the rows sorted by token
-static void upload_batch(Model* m, HostBatch* b, int rows, Purpose purpose) {
+// Tokens and targets to the device
+static void upload_batch(Model* m, const HostBatch* b) {
     ProfileScope scope("batch to device");
-    size_t bytes = (size_t)rows * sizeof(int32_t);
+    size_t bytes = (size_t)rows_of(m) * sizeof(int32_t);
     copy_to_device(m->tokens, b->tokens, bytes, m->stream);
     copy_to_device(m->targets, b->targets, bytes, m->stream);
-    if (purpose != TRAIN) { return; }
-    for (int i = 0; i < rows; i++) { b->keys[i] = (uint64_t)(uint32_t)b->tokens[i] << 32 | (uint32_t)i; }
-    std::sort(b->keys, b->keys + rows);
-    int groups = 0;
-    for (int i = 0; i < rows; i++) {
-        int32_t token = (int32_t)(b->keys[i] >> 32);
-        b->order[i] = (int32_t)(uint32_t)b->keys[i];
-        if (i == 0 || b->group_token[groups - 1] != token) {
-            b->group_token[groups] = token;
-            b->first[groups++] = i;
-        }
-    }
-    b->first[groups] = rows;
-    m->groups.groups = groups;
-    copy_to_device(m->groups.order, b->order, bytes, m->stream);
-    copy_to_device(m->groups.first, b->first, ((size_t)groups + 1) * sizeof(int32_t), m->stream);
-    copy_to_device(m->groups.token, b->group_token, (size_t)groups * sizeof(int32_t), m->stream);
+}
+
+// Its rows by token, of the tokens in this rank's part of the vocabulary
+static void upload_groups(Model* m, HostBatch* b) {
+    ProfileScope scope("batch to device");
+    int from = first_token_of(m->wte), rows = batch_group_tokens(b, rows_of(m), from, from + (int)m->wte->rows);
+    m->groups.groups = b->groups;
+    copy_to_device(m->groups.order, b->order, (size_t)rows * sizeof(int32_t), m->stream);
+    copy_to_device(m->groups.first, b->first, ((size_t)b->groups + 1) * sizeof(int32_t), m->stream);
+    copy_to_device(m->groups.token, b->group_token, (size_t)b->groups * sizeof(int32_t), m->stream);
 }
 
 // ---- a training step ----
@@ -1004,9 +1092,9 @@ static void upload_batch(Model* m, HostBatch* b, int rows, Purpose purpose) {
 struct FinishLoss {  // mean = total · weight
     float* mean;
     const double* total;
-    double weight;
+    double weight;   // 0 on ranks that have no part in the loss, or another's
     template <class Team> DEVICE void operator()(Team team, int) const {
-        if (team.leads()) { *mean = (float)(*total * weight); }
+        if (team.leads()) { *mean = weight != 0.0 ? (float)(*total * weight) : 0.0f; }
     }
 };
 
@@ -1016,36 +1104,86 @@ struct StepSettings {
     float weight_decay;
 };
 
-// One micro-batch's share of the gradients. `weight`: of a token in the mean over the global batch; `last`: of the step
-static void micro_step(Model* m, HostBatch* batch, int index, bool last, float weight) {
-    int B = m->config.B;
-    upload_batch(m, batch, rows_of(m), TRAIN);
+// Of a pipeline's ranks those of the last stage know the loss, all of a layer the same
+static bool tells_loss(const GptConfig* c) { return is_last_stage(c) && c->layout.tp_rank == 0; }
+
+static void step_begin(Model* m) {
+    device_zero(m->loss_total, sizeof(double), m->stream);
+    reduction_step(&m->reduction);
+}
+
+// Micro-batch number `index` of the step through this stage
+static void micro_forward(Model* m, HostBatch* batch, int index) {
+    select_micro_batch(m, index);
+    upload_batch(m, batch);
+    forward(m, m->config.B, TRAIN);
+}
+
+// And back: its share of the gradients. `weight`: of a token in the mean over the global batch; `last`: of the step
+static void micro_backward(Model* m, HostBatch* batch, int index, bool last, float weight) {
     Reduction* r = &m->reduction;
-    if (index == 0) {
-        device_zero(m->loss_total, sizeof(double), m->stream);
-        reduction_step(r);
-    }
-    forward(m, B, TRAIN);
-    bool each = reduces_each(r), accumulate = index > 0 && !each;
-    reduction_begin(r, index == 0, m->stream);
-    head_loss(m, B, true, weight, accumulate);
-    backward(m, B, accumulate, last || each);
-    if (each || last) {
+    select_micro_batch(m, index);
+    reduction_begin(r, index == 0, last, m->stream);
+    if (is_first_stage(&m->config)) { upload_groups(m, batch); }
+    if (is_last_stage(&m->config)) { head_loss(m, m->config.B, true, weight); }
+    backward(m, m->config.B);
+    if (!last) {  // of the last one what is left waits for the pipeline to end (finish_step)
         ProfileScope scope("gradient reduction");
         reduction_finish(r, m->stream);
     }
     m->micro_steps++;
 }
 
-// After the last micro-batch, whose gradients are reduced: the optimizer decides and steps. Its record arrives by itself.
-static void finish_step(Model* m, Group* group, const StepSettings* settings, float weight) {
+// All K micro-batches of a step through this stage, in the order of the schedule. fill(batch, index) gives their tokens and targets; `batches`: of those in flight
+template <class Fill> static void run_micro_batches(Model* m, HostBatch* batches, int K, float weight, Fill fill) {
+    const GptConfig* c = &m->config;
+    int stages = c->layout.pp, stage = c->layout.stage;
+    step_begin(m);
+    for (int64_t i = 0; i <= schedule_steps(K); i++) {
+        ScheduleStep step = i < schedule_steps(K) ? schedule_step(stages, stage, K, i) : ScheduleStep{};
+        exchange_stages(m, schedule_exchange(stages, stage, K, i), c->B, step.micro_batch);
+        if (i == schedule_steps(K)) { break; }
+        HostBatch* batch = &batches[step.micro_batch % c->in_flight];
+        if (step.forward) {
+            fill(batch, step.micro_batch);
+            micro_forward(m, batch, step.micro_batch);
+        } else {
+            micro_backward(m, batch, step.micro_batch, step.micro_batch == K - 1, weight);
+        }
+    }
+}
+
+// A tied embedding is on the first stage and, as head, on the last: each adds the other's gradient to its own, both in the same order
+static void add_tied_gradient(Model* m) {
+    const GptConfig* c = &m->config;
+    bool first = is_first_stage(c);
+    if (!c->tied || first == is_last_stage(c)) { return; }
+    const Param* p = m->wte;
+    size_t each = (size_t)dtype_bytes(p->accum), n = param_elements(p), most = wide_bytes(m) / each;
+    int other = first ? c->layout.pp - 1 : 0;
+    for (size_t at = 0; at < n; at += most) {
+        size_t some = min_of(most, n - at);
+        void* mine = advance(p->accumulator, p->accum, at);
+        stage_exchange(&m->stages, m->wide, other, mine, other, some * each, m->stream);
+        add_accumulators(p->accum, mine, first ? mine : m->wide, first ? m->wide : mine, c->accum_rounding, gradient_key(m, p, TIED_EVENT), whole_elements(p), at, some, m->stream);
+    }
+}
+
+// After the last micro-batch: the gradients are reduced, the optimizer decides and steps. Its record arrives by itself.
+static void finish_step(Model* m, const StepSettings* settings, float weight) {
     Reduction* r = &m->reduction;
-    run_rows(FinishLoss{m->loss_mean, m->loss_total, (double)weight}, 1, m->stream);
+    Topology* t = m->topology;
+    add_tied_gradient(m);
+    run_rows(FinishLoss{m->loss_mean, m->loss_total, tells_loss(&m->config) ? (double)weight : 0.0}, 1, m->stream);
     {
         ProfileScope scope("gradient reduction");
+        reduction_finish(r, m->stream);
         reduction_count(r, m->stream);
-        all_reduce_sum(group, m->loss_mean, 1, m->stream);
-        if (m->sites.count > 0) { all_reduce_max(group, (float*)m->sites.amax, (size_t)m->sites.count, m->stream); }
+        size_t sites = (size_t)m->sites.count;
+        if (sites > 0) {
+            all_reduce_max(&t->tensor, (float*)m->sites.amax, sites, m->stream);
+            all_reduce_max(&t->data, (float*)m->sites.amax, sites, m->stream);
+        }
     }
     optimizer_decide(&m->optimizer, &m->params, r->slots, m->loss_mean, settings->rules, m->stream);
     reduction_adapt(r, m->optimizer.tops, &m->optimizer.state->apply, m->stream);
@@ -1068,22 +1206,33 @@ static StepRecord read_record(Model* m) {
 
 // ---- evaluation and sampling ----
 
-// Mean loss over up to `batches` micro-batches of each rank
-static double evaluate(Model* m, Group* group, DataLoader* loader, HostBatch* batch, int64_t batches) {
+// A forward pass of (B, T) without a backward one, through all stages
+static void relay_forward(Model* m, int B) {
+    int stage = m->config.layout.stage;
+    exchange_stages(m, ScheduleExchange{-1, stage - 1}, B, 0);
+    select_micro_batch(m, 0);
+    forward(m, B, INFER);
+    exchange_stages(m, ScheduleExchange{is_last_stage(&m->config) ? -1 : stage + 1, -1}, B, 0);
+}
+
+// Mean loss over up to `batches` micro-batches of each replica
+static double evaluate(Model* m, DataLoader* loader, HostBatch* batch, int64_t batches) {
+    Topology* t = m->topology;
     loader_rewind(loader);
-    int64_t per_call = (int64_t)m->config.B * group->size;
+    int64_t per_call = (int64_t)m->config.B * t->data.size;
     batches = max_of((int64_t)1, min_of(batches, loader_windows(loader) / per_call));
     device_zero(m->loss_total, sizeof(double), m->stream);
     for (int64_t i = 0; i < batches; i++) {
         loader_next(loader, batch->tokens, batch->targets);
-        upload_batch(m, batch, rows_of(m), INFER);
-        forward(m, m->config.B, INFER);
-        head_loss(m, m->config.B, false, 0.0f, false);
+        upload_batch(m, batch);
+        relay_forward(m, m->config.B);
+        if (is_last_stage(&m->config)) { head_loss(m, m->config.B, false, 0.0f); }
     }
     double total;
     copy_to_host(&total, m->loss_total, sizeof(total), m->stream);
-    host_all_reduce_sum(group, &total, 1);
-    return total / ((double)batches * rows_of(m) * group->size);
+    if (!tells_loss(&m->config)) { total = 0.0; }
+    host_all_reduce_sum(&t->world, &total, 1);
+    return total / ((double)batches * rows_of(m) * t->data.size);
 }
 
 // Draws from softmax(logits / temperature)
@@ -1101,52 +1250,45 @@ static int sample_token(const float* logits, int vocab, float temperature, doubl
 
 constexpr float SAMPLE_TEMPERATURE = 0.8f;
 
-// Continues tokens[0] to `length` tokens; beyond T the window slides
+// The logits of row `row` of m->narrow as floats on the host, of all ranks' parts of the vocabulary: on the last stage. `raw`: (padded_vocab) of workspace
+static void read_logits(Model* m, float* logits, float* raw, int row) {
+    const GptConfig* c = &m->config;
+    int64_t part = m->head->rows;
+    size_t bytes = (size_t)part * (size_t)dtype_bytes(c->act);
+    Tensor x = {advance(m->narrow, c->act, (size_t)row * (size_t)c->width), c->act, NULL};
+    MatmulCall call = linear_call(m, m->logits, x, m->head, NULL, 1);
+    matmul(&m->matmul, &call, m->stream);
+    copy_to_host(raw, m->logits, bytes, m->stream);
+    for (int64_t i = part - 1; i >= 0; i--) {
+        if (c->act == FP32) { break; }
+        bf16 v;
+        memcpy(&v, (const char*)raw + 2 * i, 2);
+        raw[i] = to_float(v);  // from behind: what is written has been read
+    }
+    host_all_gather(&m->topology->tensor, logits, raw, (size_t)part * sizeof(float));
+}
+
+// Continues tokens[0] to `length` tokens; beyond T the window slides. All ranks of a pipeline together.
 static void generate(Model* m, int* tokens, int length, uint64_t seed) {
     const GptConfig* c = &m->config;
     int T = c->T, *window = (int*)host_alloc((size_t)T * sizeof(int));
-    size_t bytes = (size_t)dtype_bytes(c->act);
-    char* raw = (char*)host_alloc((size_t)c->padded_vocab * bytes);
-    float* logits = (float*)host_alloc((size_t)c->padded_vocab * sizeof(float));
+    float *raw = (float*)host_alloc((size_t)c->padded_vocab * sizeof(float)), *logits = (float*)host_alloc((size_t)c->padded_vocab * sizeof(float));
     RandomKey key = random_key(seed, 1, 0);
     for (int n = 1; n < length; n++) {
         int first = max_of(0, n - T), used = n - first;
         memset(window, 0, (size_t)T * sizeof(int));
         memcpy(window, tokens + first, (size_t)used * sizeof(int));
         copy_to_device(m->tokens, window, (size_t)T * sizeof(int), m->stream);
-        forward(m, 1, INFER);
-        Tensor x = {advance(m->narrow, c->act, (size_t)(used - 1) * (size_t)c->width), c->act, NULL};
-        MatmulCall call = linear_call(m, m->logits, x, m->head, NULL, 1);
-        matmul(&m->matmul, &call, m->stream);
-        copy_to_host(raw, m->logits, (size_t)c->padded_vocab * bytes, m->stream);
-        for (int i = 0; i < c->vocab; i++) {
-            if (c->act == BF16) { bf16 v; memcpy(&v, raw + 2 * i, 2); logits[i] = to_float(v); }
-            else { memcpy(&logits[i], raw + 4 * i, 4); }
+        relay_forward(m, 1);
+        if (is_last_stage(c)) {
+            read_logits(m, logits, raw, used - 1);
+            tokens[n] = sample_token(logits, c->vocab, SAMPLE_TEMPERATURE, random_bits(key, (uint64_t)n) * (1.0 / 4294967296.0));
         }
-        tokens[n] = sample_token(logits, c->vocab, SAMPLE_TEMPERATURE, random_bits(key, (uint64_t)n) * (1.0 / 4294967296.0));
+        host_broadcast(&m->topology->pipe, &tokens[n], sizeof(int), c->layout.pp - 1);
     }
     free(window);
     free(raw);
     free(logits);
-}
-
-// ---- learning rate ----
-
-// Linear warm-up to lr, then the schedule down towards lr·floor, which step number `steps` would have
-static double learning_rate(Schedule schedule, double lr, double floor, int64_t warmup, int64_t step, int64_t steps) {
-    if (step < warmup) { return lr * (double)(step + 1) / (double)warmup; }
-    double share = steps > warmup ? (double)(step - warmup) / (double)(steps - warmup) : 1.0, left;
-    switch (schedule) {
-        case SCHEDULE_COSINE: left = 0.5 * (1.0 + cos(M_PI * share)); break;
-        case SCHEDULE_LINEAR: left = 1.0 - share; break;
-        case SCHEDULE_WSD: {
-            double decay = 0.8 * (double)steps;
-            left = (double)step < decay ? 1.0 : 1.0 - sqrt(((double)step - decay) / ((double)steps - decay));
-            break;
-        }
-        default: left = 1.0;
-    }
-    return lr * (floor + (1.0 - floor) * left);
 }
 
 // ---- the run ----
@@ -1157,9 +1299,8 @@ struct Run {
     Args args;
     OptionTable table;
     World world;
-    Group group;                 // the replicas; of a plan without their means to exchange
+    Topology topology;           // of a plan without the means to exchange
     bool on_gpu;                 // what runs, or is planned
-    RankLayout layout;
     GptConfig config;
     LlmcModel file;
     bool has_file, has_val;
@@ -1167,12 +1308,13 @@ struct Run {
     Memory memory;
     size_t fullest[MEMORY_CATEGORIES], emptiest[MEMORY_CATEGORIES];  // bytes of the ranks that take most and least
     Model model;
-    HostBatch batch;
+    std::vector<HostBatch> batches;  // of the micro-batches in flight
     Log log;
     Console console;
     StepClock clock;
-    int micro_batches;           // of each rank in a step
+    int micro_batches;           // of each replica in a step
     int64_t steps, warmup;
+    int64_t parameters;          // of the whole model
     int64_t skipped, not_finite;  // steps so far; those of them for a loss or gradient that was not finite
     int64_t not_finite_in_a_row;  // up to now
     double flops_per_token, peak_flops;
@@ -1181,7 +1323,7 @@ struct Run {
 
 static bool is_file(const char* path) { return access(path, F_OK) == 0; }
 
-// Who holds what, and on which device
+// What is planned, on which device, and who holds what of it; who holds what of a run is known when the ranks are (join_topology)
 static void resolve_topology(Run* r) {
     Args* a = &r->args;
     Options* o = &r->table.options;
@@ -1190,10 +1332,6 @@ static void resolve_topology(Run* r) {
         const struct { const char* flag; const void* value; } for_plans[] = {{"--json", &a->json}, {"--world", &a->world}, {"--gpu", &a->gpu}};
         for (auto& f : for_plans) {
             if (option_given(o, f.value)) { bad_input("%s says what --plan is to print; give --plan with it, or leave it out", f.flag); }
-        }
-        if (a->tp != 1 || a->pp != 1) {
-            bad_input("--%s: %" PRId64 " needs %s parallelism, which is planned by --plan and not run yet; without --plan 1 is allowed", a->tp != 1 ? "tp" : "pp",
-                a->tp != 1 ? a->tp : a->pp, a->tp != 1 ? "tensor" : "pipeline");
         }
         return;
     }
@@ -1205,10 +1343,24 @@ static void resolve_topology(Run* r) {
     if (a->world % model != 0) {
         bad_input("--world: %" PRId64 " rank%s no multiple of --tp %" PRId64 " × --pp %" PRId64 " = %" PRId64, a->world, a->world == 1 ? " is" : "s are", a->tp, a->pp, model);
     }
-    r->layout.dp = (int)(a->world / model);
-    r->layout.pp = (int)a->pp;
-    r->layout.tp = (int)a->tp;
-    r->group.size = r->layout.dp;
+    Topology* t = &r->topology;
+    t->layout = layout_of(0, (int)a->world, (int)a->tp, (int)a->pp);
+    Transport transport = a->gpu != GPU_NONE ? OVER_NCCL : OVER_MPI;  // of the run
+    each_group(t, [=](Group* g, int size) {
+        g->size = size;
+        g->transport = size == 1 ? ALONE : transport;
+    });
+}
+
+// Of a run, when it is known that all ranks have the same flags
+static void join_topology(Run* r) {
+    const Args* a = &r->args;
+    int64_t model = a->tp * a->pp;
+    if (r->world.size % model != 0) {
+        bad_input("--tp %" PRId64 " × --pp %" PRId64 " need a multiple of %" PRId64 " ranks, and there %s %d; start as many with mpirun -np", a->tp, a->pp, model,
+            r->world.size == 1 ? "is" : "are", r->world.size);
+    }
+    topology_split(&r->topology, (int)a->tp, (int)a->pp);
 }
 
 // How gradients are added up and travel, from the recipe and the explicit flags
@@ -1240,16 +1392,16 @@ static void resolve_gradients(Run* r) {
     if (option_given(o, &a->grad_accum_rounding) && c->accum == FP32) {
         bad_input("--grad-accum-rounding: gradients are added up in fp32 and not rounded; give --grad-accum-dtype bf16 or e4m3 with it");
     }
-    if (a->log_tensors && (!quantised || r->group.size == 1)) {
-        bad_input("--log-tensors: no gradient is sent in FP8 here (%s, %d rank%s), so there is nothing to log", wire, r->group.size, r->group.size == 1 ? "" : "s");
+    if (a->log_tensors && (!quantised || r->topology.data.size == 1)) {
+        bad_input("--log-tensors: no gradient is sent in FP8 here (%s, %d replica%s), so there is nothing to log", wire, r->topology.data.size, r->topology.data.size == 1 ? "" : "s");
     }
     const Gpu* planned = a->plan ? gpu_of(a->gpu) : NULL;
-    if (planned != NULL && planned->capability < 90 && r->group.size > 1 && quantised && a->grad_reduce == REDUCE_RING) {
+    if (planned != NULL && planned->capability < 90 && r->topology.data.size > 1 && quantised && a->grad_reduce == REDUCE_RING) {
         bad_input("--grad-reduce ring with --grad-dtype %s: NCCL adds FP8 on GPUs of capability 9.0 and up, and --gpu %s has %d.%d; take --grad-reduce direct", wire,
             planned->name, planned->capability / 10, planned->capability % 10);
     }
 #ifdef NCCL_TRANSPORT
-    bool ring_of_codes = r->group.transport == OVER_NCCL && quantised && a->grad_reduce == REDUCE_RING;
+    bool ring_of_codes = r->topology.data.transport == OVER_NCCL && quantised && a->grad_reduce == REDUCE_RING;
     if (ring_of_codes && !nccl_adds_fp8()) {
         bad_input("--grad-reduce ring with --grad-dtype %s: NCCL adds FP8 from version 2.24.3 on, and this one is older; take --grad-reduce direct", wire);
     }
@@ -1362,10 +1514,7 @@ static void resolve_model(Run* r) {
     if (!r->on_gpu && a->staged) { bad_input("--staged is for GPU builds: on a CPU there is nothing to stage"); }
     if (a->heads % a->tp != 0) { bad_input("--tp: %" PRId64 " ranks cannot share the %" PRId64 " attention heads alike; allowed: divisors of them", a->tp, a->heads); }
     if (a->layers % a->pp != 0) { bad_input("--pp: %" PRId64 " stages cannot share the %" PRId64 " layers alike; allowed: divisors of them", a->pp, a->layers); }
-    if (a->micro_batch * a->seq_len % a->tp != 0) {
-        bad_input("--tp: %" PRId64 " ranks cannot share the %" PRId64 " tokens of --micro-batch %" PRId64 " × --seq-len %" PRId64 " alike; allowed: divisors of them", a->tp,
-            a->micro_batch * a->seq_len, a->micro_batch, a->seq_len);
-    }
+    if (a->seq_len % a->tp != 0) { bad_input("--tp: %" PRId64 " ranks cannot share the %" PRId64 " tokens of --seq-len alike; allowed: divisors of them", a->tp, a->seq_len); }
     if (r->on_gpu && a->width % (16 * a->tp) != 0) {
         if (a->tp == 1) { bad_input("--width: %" PRId64 " is not a multiple of 16, which the GPU's matrix units need", a->width); }
         bad_input("--tp: %" PRId64 " ranks have %" PRId64 " of the %" PRId64 " channels of --width each, no multiple of 16, which the GPU's matrix units need", a->tp,
@@ -1392,9 +1541,10 @@ static void resolve_model(Run* r) {
     c->scaling = a->fp8_scaling;
     c->fp8_fwd = a->fp8_fwd == FORMAT_E4M3 ? E4M3 : E5M2;
     c->fp8_bwd = a->fp8_bwd == FORMAT_E4M3 ? E4M3 : E5M2;
-    c->dy_wire = a->recipe == RECIPE_FP8 ? c->fp8_bwd : c->act;
+    c->dy_wire = a->recipe == RECIPE_FP8 ? c->fp8_bwd : c->act;  // fp8-lm: as MS-AMP
+    c->dx_fp8 = a->recipe == RECIPE_FP8;
     c->seed = (uint64_t)a->seed;
-    c->layout = r->layout;
+    c->layout = r->topology.layout;
     resolve_gradients(r);
     resolve_optimizer(r);
     if (3 + 12 * (int64_t)c->layers + 2 > MAX_PARAMS) { bad_input("--layers: at most %d", (MAX_PARAMS - 5) / 12); }
@@ -1402,7 +1552,7 @@ static void resolve_model(Run* r) {
 
 static void resolve_vocabulary(Run* r, int64_t vocab) {
     r->config.vocab = (int)vocab;
-    r->config.padded_vocab = round_up((int)vocab, 128 * r->layout.tp);
+    r->config.padded_vocab = round_up((int)vocab, 128 * r->topology.layout.tp);
 }
 
 static DataLoaderConfig loader_config(const Run* r, const char* flag, const char* spec, LoaderPart part) {
@@ -1415,8 +1565,8 @@ static DataLoaderConfig loader_config(const Run* r, const char* flag, const char
     c.shuffle = part != LOADER_VAL;
     c.val_split = r->args.val_split;
     c.part = part;
-    c.rank = r->group.rank;
-    c.ranks = r->group.size;
+    c.rank = r->topology.data.rank;
+    c.ranks = r->topology.data.size;
     c.micro_batch = r->config.B;
     return c;
 }
@@ -1449,14 +1599,20 @@ static void close_data(Run* r) {
 // The micro-batches of a step
 static void resolve_global_batch(Run* r) {
     Args* a = &r->args;
-    int64_t pass = a->micro_batch * a->seq_len * r->group.size;
-    set_default(&r->table.options, &a->global_batch, pass * r->layout.pp);
+    int replicas = r->topology.data.size;
+    int64_t pass = a->micro_batch * a->seq_len * replicas;
+    set_default(&r->table.options, &a->global_batch, pass * a->pp);
     if (a->global_batch % pass != 0) {
-        bad_input("--global-batch: %" PRId64 " tokens are no multiple of micro-batch %" PRId64 " × seq-len %" PRId64 " × %d rank%s = %" PRId64, a->global_batch,
-            a->micro_batch, a->seq_len, r->group.size, r->group.size == 1 ? "" : "s", pass);
+        bad_input("--global-batch: %" PRId64 " tokens are no multiple of micro-batch %" PRId64 " × seq-len %" PRId64 " × %d %s%s = %" PRId64, a->global_batch,
+            a->micro_batch, a->seq_len, replicas, r->topology.world.size == replicas ? "rank" : "replica", replicas == 1 ? "" : "s", pass);
     }
     if (a->global_batch / pass > INT32_MAX) { bad_input("--global-batch: %" PRId64 " tokens are more than %d micro-batches a rank", a->global_batch, INT32_MAX); }
     r->micro_batches = (int)(a->global_batch / pass);
+    if (r->micro_batches < a->pp) {
+        bad_input("--global-batch: %" PRId64 " tokens are %d micro-batch%s of each replica, and the %" PRId64 " stages of --pp need as many at least; allowed: multiples of %" PRId64
+            " from %" PRId64 " on", a->global_batch, r->micro_batches, r->micro_batches == 1 ? "" : "es", a->pp, pass, pass * a->pp);
+    }
+    r->config.in_flight = schedule_in_flight((int)a->pp, r->topology.layout.stage, r->micro_batches);
 }
 
 static void resolve_steps(Run* r) {
@@ -1490,12 +1646,13 @@ static void resolve_peak(Run* r) {
 
 // The memory of the ranks that take most and least
 static void compare_memory(Run* r) {
+    Group* world = &r->topology.world;
     size_t bytes = sizeof(r->memory.bytes);
-    size_t(*all)[MEMORY_CATEGORIES] = (size_t(*)[MEMORY_CATEGORIES])host_alloc(bytes * (size_t)r->group.size);
-    host_all_gather(&r->group, all, r->memory.bytes, bytes);
+    size_t(*all)[MEMORY_CATEGORIES] = (size_t(*)[MEMORY_CATEGORIES])host_alloc(bytes * (size_t)world->size);
+    host_all_gather(world, all, r->memory.bytes, bytes);
     auto total = [=](int i) { return std::accumulate(all[i], all[i] + MEMORY_CATEGORIES, (size_t)0); };
     int most = 0, least = 0;
-    for (int i = 1; i < r->group.size; i++) {
+    for (int i = 1; i < world->size; i++) {
         most = total(i) > total(most) ? i : most;
         least = total(i) < total(least) ? i : least;
     }
@@ -1528,28 +1685,11 @@ static void resolved_text(const Run* r, char* text, size_t size) {
 
 // ---- what people see ----
 
-constexpr int MAX_ROWS = 80;
-
-struct Table {
-    LogRow rows[MAX_ROWS];
-    char values[MAX_ROWS][320];
-    int count;
-};
-__attribute__((format(printf, 3, 4))) static void table_add(Table* t, const char* name, const char* fmt, ...) {
-    if (t->count == MAX_ROWS) { die("more than %d rows", MAX_ROWS); }
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(t->values[t->count], sizeof(t->values[0]), fmt, args);
-    va_end(args);
-    t->rows[t->count] = LogRow{name, t->values[t->count]};
-    t->count++;
-}
-
 // Has the option no meaning beside the others?
 static bool is_unused(const Run* r, const Option* o) {
     const GptConfig* c = &r->config;
     const Args* a = &r->args;
-    bool sent = r->group.size > 1, ring = is_fp8(c->wire) && c->reduction.algorithm == REDUCE_RING;
+    bool sent = r->topology.data.size > 1, ring = is_fp8(c->wire) && c->reduction.algorithm == REDUCE_RING;
     if (o->value == &a->grad_dtype || o->value == &a->grad_reduce || o->value == &a->zero) { return !sent; }
     if (o->value == &a->zero_split) { return !sent || a->zero == 0; }
     return (o->value == &a->grad_scaling && !(sent && ring)) || (o->value == &a->grad_accum_rounding && c->accum == FP32);
@@ -1557,7 +1697,7 @@ static bool is_unused(const Run* r, const Option* o) {
 
 static bool is_for_plans(const Run* r, const Option* o) {
     const Args* a = &r->args;
-    const void* const values[] = {&a->plan, &a->json, &a->world, &a->gpu, &a->tp, &a->pp};
+    const void* const values[] = {&a->plan, &a->json, &a->world, &a->gpu};
     return std::find(std::begin(values), std::end(values), o->value) != std::end(values) || (o->type == OPTION_GROUP && strcmp(o->name, "Planning") == 0);
 }
 
@@ -1567,11 +1707,12 @@ static void print_settings(const Run* r) {
     const GptConfig* c = &r->config;
     char device[128], transport[128];
     device_name(device, sizeof(device));
-    group_describe(&r->group, transport, sizeof(transport));
+    const RankLayout* y = &r->topology.layout;
+    group_describe(&r->topology.world, transport, sizeof(transport));
     for (int i = 0; i < r->table.options.count; i++) {
         const Option* o = &r->table.options.items[i];
         if (is_for_plans(r, o)) { continue; }
-        if (o->type == OPTION_GROUP) { t.rows[t.count] = LogRow{o->name, NULL}; t.count++; continue; }
+        if (o->type == OPTION_GROUP) { table_heading(&t, o->name); continue; }
         char value[320];
         option_value_text(value, sizeof(value), o);
         if (o->value == &r->args.vocab) { snprintf(value, sizeof(value), "%d, padded to %d", c->vocab, c->padded_vocab); }
@@ -1580,17 +1721,18 @@ static void print_settings(const Run* r) {
         if (is_unused(r, o)) { snprintf(value, sizeof(value), "none needed"); }
         table_add(&t, o->name, "%s", value);
     }
-    t.rows[t.count++] = LogRow{"This run", NULL};
+    table_heading(&t, "This run");
     table_add(&t, "device", "%s (%s)", device, device_kind);
     if (r->peak_flops > 0.0) { table_add(&t, "peak for mfu", "%.0f TFLOP/s, %s", 1e-12 * r->peak_flops, r->peak_name); }
-    table_add(&t, "ranks", "%d, %s", r->group.size, transport);
+    table_add(&t, "ranks", "%d, %s", r->topology.world.size, transport);
+    if (y->tp * y->pp > 1) { table_add(&t, "topology", "dp %d × pp %d × tp %d", y->dp, y->pp, y->tp); }
 #ifdef _OPENMP
     table_add(&t, "threads a rank", "%d", omp_get_max_threads());
 #endif
-    table_add(&t, "parameters", "%s", text_count((double)params_total(&r->model.params)).s);
+    table_add(&t, "parameters", "%s", text_count((double)r->parameters).s);
     table_add(&t, "data", "%s tokens an epoch (%s), %.2f epochs", text_count((double)loader_tokens(&r->train)).s, loader_kind_name(&r->train),
               (double)r->steps * (double)r->args.global_batch / (double)loader_tokens(&r->train));
-    table_add(&t, "micro-batches a rank", "%d", r->micro_batches);
+    table_add(&t, y->tp * y->pp > 1 ? "micro-batches a replica" : "micro-batches a rank", "%d", r->micro_batches);
     log_table(stdout, "settings", t.rows, t.count);
     MemoryRow rows[MEMORY_CATEGORIES];
     for (int i = 0; i < MEMORY_CATEGORIES; i++) { rows[i] = MemoryRow{memory_names[i], (int64_t)r->fullest[i], (int64_t)r->emptiest[i]}; }
@@ -1625,8 +1767,9 @@ static void log_settings(Run* r) {
     add_int(config, "vocab", r->config.vocab);
     add_int(config, "steps", r->steps);
     add_int(config, "warmup", r->warmup);
-    add_int(config, "ranks", r->group.size);
-    add_int(config, "parameters", params_total(&r->model.params));
+    add_int(config, "ranks", r->topology.world.size);
+    add_int(config, "dp", r->topology.layout.dp);
+    add_int(config, "parameters", r->parameters);
     add_string(config, "device", device_kind);
     add_double(config, "peak_flops", r->peak_flops > 0.0 ? r->peak_flops : NAN);
     json_object_object_add(config, "mem_min", memory_json(r->emptiest));
@@ -1635,20 +1778,40 @@ static void log_settings(Run* r) {
     log_line(&r->log, line);
 }
 
-// Over all tensors whose gradients travel in FP8
-static json_object* fp8_statistics(const Model* m) {
-    double elements = 0.0, underflow = 0.0, saturated = 0.0;
-    float least = 1.0f, most = 0.0f;
+// What FP8 did to the gradients of one tensor
+struct TensorRow { char name[sizeof(Param::name)]; double elements; TensorStatistics of; };  // elements: of the whole tensor
+
+// Of all stages' tensors whose gradients travel in FP8; all of a pipeline together
+static std::vector<TensorRow> gather_statistics(const Model* m) {
+    Group* pipe = &m->topology->pipe;
+    std::vector<TensorRow> mine, rows, all;
     for (int i = 0; i < m->params.count; i++) {
         const Param* p = &m->params.items[i];
-        if (!is_fp8(p->wire)) { continue; }
-        double n = (double)param_elements(p);
-        const TensorStatistics* t = &m->statistics[i];
-        elements += n;
-        underflow += n * (double)t->underflow;
-        saturated += n * (double)t->saturated;
-        least = min_of(least, t->mu);
-        most = max_of(most, t->mu);
+        if (!is_fp8(p->wire) || !p->counted) { continue; }
+        TensorRow row = {{}, (double)whole_count(p), m->statistics[i]};
+        memcpy(row.name, p->name, sizeof(row.name));
+        mine.push_back(row);
+    }
+    std::vector<uint64_t> counts((size_t)pipe->size);
+    uint64_t count = mine.size(), most = 0;
+    host_all_gather(pipe, counts.data(), &count, sizeof(count));
+    for (uint64_t n : counts) { most = max_of(most, n); }
+    mine.resize(most);
+    all.resize(most * counts.size());
+    host_all_gather(pipe, all.data(), mine.data(), most * sizeof(TensorRow));
+    for (size_t stage = 0; stage < counts.size(); stage++) { rows.insert(rows.end(), &all[stage * most], &all[stage * most] + counts[stage]); }
+    return rows;
+}
+
+static json_object* fp8_statistics(const std::vector<TensorRow>& rows) {
+    double elements = 0.0, underflow = 0.0, saturated = 0.0;
+    float least = 1.0f, most = 0.0f;
+    for (const TensorRow& r : rows) {
+        elements += r.elements;
+        underflow += r.elements * (double)r.of.underflow;
+        saturated += r.elements * (double)r.of.saturated;
+        least = min_of(least, r.of.mu);
+        most = max_of(most, r.of.mu);
     }
     json_object* o = json_object_new_object();
     add_double(o, "saturated", (double)(float)(saturated / elements));
@@ -1658,15 +1821,14 @@ static json_object* fp8_statistics(const Model* m) {
     return o;
 }
 
-static json_object* tensor_statistics(const Model* m) {
+static json_object* tensor_statistics(const std::vector<TensorRow>& rows) {
     json_object* all = json_object_new_object();
-    for (int i = 0; i < m->params.count; i++) {
-        if (!is_fp8(m->params.items[i].wire)) { continue; }
+    for (const TensorRow& r : rows) {
         json_object* o = json_object_new_object();
-        add_double(o, "saturated", (double)m->statistics[i].saturated);
-        add_double(o, "underflow", (double)m->statistics[i].underflow);
-        add_double(o, "mu", (double)m->statistics[i].mu);
-        json_object_object_add(all, m->params.items[i].name, o);
+        add_double(o, "saturated", (double)r.of.saturated);
+        add_double(o, "underflow", (double)r.of.underflow);
+        add_double(o, "mu", (double)r.of.mu);
+        json_object_object_add(all, r.name, o);
     }
     return all;
 }
@@ -1676,9 +1838,13 @@ static void show_step(Run* r, int64_t step, const StepRecord* record, double lr,
     r->skipped += record->skipped != NOT_SKIPPED;
     r->not_finite += not_finite;
     r->not_finite_in_a_row = not_finite ? r->not_finite_in_a_row + 1 : 0;
-    if (r->group.rank != 0) { return; }
+    const Model* m = &r->model;
+    if (r->topology.layout.replica != 0 || r->topology.layout.tp_rank != 0) { return; }
+    std::vector<TensorRow> rows;
+    if (sends_fp8(&m->reduction)) { rows = gather_statistics(m); }
+    if (r->topology.world.rank != 0) { return; }
     double tokens_per_second = (double)r->args.global_batch / seconds;
-    double mfu = r->peak_flops > 0.0 ? tokens_per_second * r->flops_per_token / (r->peak_flops * r->group.size) : NAN;
+    double mfu = r->peak_flops > 0.0 ? tokens_per_second * r->flops_per_token / (r->peak_flops * r->topology.world.size) : NAN;
     step_clock_add(&r->clock, 1e3 * seconds);
     StepLine line = {step + 1, r->steps, record->loss, record->grad_norm, lr, 1e3 * seconds, tokens_per_second, mfu,
         step_clock_eta(&r->clock, r->steps - step - 1), skip_names[record->skipped]};
@@ -1699,8 +1865,8 @@ static void show_step(Run* r, int64_t step, const StepRecord* record, double lr,
     }
     json_object_object_add(o, "comm", comm);
     add_double(o, "comm_wait_ms", 1e3 * reduction_waited(&r->model.reduction, step));
-    json_object_object_add(o, "fp8", sends_fp8(&r->model.reduction) ? fp8_statistics(&r->model) : NULL);
-    if (r->args.log_tensors) { json_object_object_add(o, "tensors", tensor_statistics(&r->model)); }
+    json_object_object_add(o, "fp8", rows.empty() ? NULL : fp8_statistics(rows));
+    if (r->args.log_tensors) { json_object_object_add(o, "tensors", tensor_statistics(rows)); }
     add_double(o, "loss_z", record->loss_z);
     add_double(o, "norm_z", record->norm_z);
     if (record->skipped != NOT_SKIPPED) { add_string(o, "skipped", skip_names[record->skipped]); }
@@ -1709,8 +1875,8 @@ static void show_step(Run* r, int64_t step, const StepRecord* record, double lr,
 }
 
 static void validate(Run* r, int64_t step) {
-    double loss = evaluate(&r->model, &r->group, &r->val, &r->batch, r->args.val_batches);
-    if (r->group.rank != 0) { return; }
+    double loss = evaluate(&r->model, &r->val, &r->batches[0], r->args.val_batches);
+    if (r->topology.world.rank != 0) { return; }
     console_print(&r->console, "step %" PRId64 "/%" PRId64 " | val loss %.4f", step, r->steps, loss);
     json_object* o = json_object_new_object();
     add_int(o, "step", step);
@@ -1722,10 +1888,11 @@ static void validate(Run* r, int64_t step) {
 static int first_token(const Run* r) { return r->train.kind == LOADER_TEXT ? '\n' : r->config.vocab == 50257 ? 50256 : 0; }
 
 static void show_sample(Run* r, int64_t step) {
-    if (r->group.rank != 0) { return; }
+    if (r->topology.layout.replica != 0) { return; }
     int length = (int)r->args.sample_len + 1, *tokens = (int*)host_alloc((size_t)length * sizeof(int));
     tokens[0] = min_of(first_token(r), r->config.vocab - 1);
     generate(&r->model, tokens, length, r->config.seed + (uint64_t)step);
+    if (r->topology.world.rank != 0) { free(tokens); return; }
     console_print(&r->console, "step %" PRId64 "/%" PRId64 " | sample of %d tokens:", step, r->steps, length - 1);
     for (int i = 1; i < length; i++) {
         if (r->train.kind != LOADER_TEXT) { printf("%d ", tokens[i]); }
@@ -1742,7 +1909,7 @@ static void show_sample(Run* r, int64_t step) {
 // Frees what a dry run has taken of the host
 static void model_forget(Model* m) {
     reduction_forget(&m->reduction);
-    free(m->layers);
+    free(m->kept);
 }
 
 // r->model becomes that of one rank, of which nothing but its sizes exists. `matmuls` are those of the planned device
@@ -1750,45 +1917,59 @@ static void dry_run(Run* r, Matmul* matmuls, int stage, int replica, int64_t mic
     GptConfig c = r->config;
     c.B = (int)micro_batch;
     c.layout.stage = stage;
+    c.layout.replica = replica;
     c.in_flight = schedule_in_flight(c.layout.pp, stage, r->micro_batches);
-    r->group.rank = replica;
+    r->topology.data.rank = replica;
     *memory = Memory{};
-    model_describe(&r->model, &c, &r->group);
+    model_describe(&r->model, &c, &r->topology);
     r->model.matmul = *matmuls;
     r->model.matmul.planned = 0;
     model_allocate(&r->model, memory);
 }
 
+// The parameters of the whole model
+static int64_t count_parameters(Run* r) {
+    GptConfig whole = r->config;
+    Topology alone = {};
+    each_group(&alone, [](Group* g, int) { g->size = 1; });
+    whole.layout = RankLayout{};
+    whole.in_flight = 1;
+    model_describe(&r->model, &whole, &alone);
+    int64_t n = params_total(&r->model.params);
+    model_forget(&r->model);
+    return n;
+}
+
 // What a rank of tp sends the others for one micro-batch, by operation
 static void tensor_traffic(uint64_t* bytes, const Model* m) {
     const GptConfig* c = &m->config;
-    uint64_t act = (uint64_t)dtype_bytes(c->act), tp = (uint64_t)c->layout.tp, rows = (uint64_t)rows_of(m), sent = rows / tp * (uint64_t)c->width * (tp - 1);
+    uint64_t act = (uint64_t)dtype_bytes(c->act), tp = (uint64_t)c->layout.tp, rows = (uint64_t)rows_of(m), own = rows / tp, sent = own * (uint64_t)c->width * (tp - 1);
+    uint64_t amax = 2 * sizeof(float) * (tp - 1) / tp;  // of a scale made just in time
     for (int l = 0; l < stage_layers(c); l++) {
         bool fp8 = m->layers[l].fp8;
-        uint64_t x = fp8 ? (uint64_t)dtype_bytes(c->fp8_fwd) : act;
+        uint64_t x = fp8 ? (uint64_t)dtype_bytes(c->fp8_fwd) : act, dy = fp8 ? (uint64_t)dtype_bytes(c->dy_wire) : act;
         bytes[TP_X] += 2 * x * sent;
         bytes[TP_X_AGAIN] += 2 * x * sent;
         bytes[TP_Y] += 2 * act * sent;
-        bytes[TP_DY] += 2 * (fp8 ? (uint64_t)dtype_bytes(c->dy_wire) : act) * sent;
-        bytes[TP_DX] += 2 * act * sent;
+        bytes[TP_DY] += 2 * dy * sent;
+        bytes[TP_DX] += 2 * (fp8 && c->dx_fp8 ? 1 : act) * sent;
+        bytes[TP_SCALES] += fp8 && c->dx_fp8 ? 2 * own * (row_stride(c->width) - (uint64_t)c->width) * (tp - 1) : 0;
+        bytes[TP_SCALES] += fp8 && c->scaling == SCALING_CURRENT ? (dy == 1 ? 8 : 6) * amax : 0;  // not of dY that is gathered before it is made FP8
     }
     if (is_first_stage(c)) { bytes[TP_OTHER] += 2 * act * sent; }  // embedding: rows forward, their gradients backward
-    if (is_last_stage(c)) { bytes[TP_OTHER] += 2 * act * sent + 2 * 3 * sizeof(float) * rows / tp * (tp - 1); }  // head; maxima, sums and targets of the loss
+    if (is_last_stage(c)) { bytes[TP_OTHER] += 2 * act * sent + 3 * sizeof(float) * rows * (tp - 1); }  // head; maxima, sums and targets of the loss
 }
 
 static void rank_traffic(const Model* m, int micro_batches, PlanTraffic* t) {
     const GptConfig* c = &m->config;
-    uint64_t K = (uint64_t)micro_batches, tp = (uint64_t)c->layout.tp, C = (uint64_t)c->width;
+    uint64_t K = (uint64_t)micro_batches, tensor[COMM_OPERATIONS] = {};
     *t = PlanTraffic{};
     reduction_traffic(t->operations, &m->reduction, micro_batches);
-    uint64_t tensor[COMM_OPERATIONS] = {};
     tensor_traffic(tensor, m);
     for (int i = 0; i < COMM_OPERATIONS; i++) { t->operations[i] += K * tensor[i]; }
-    uint64_t whole = (uint64_t)stage_layers(c) * 6 * C + (is_last_stage(c) ? 2 * C : 0);  // vectors that all of tp have, of whose gradients each has its rows' part
-    t->operations[TP_OTHER] += 2 * (tp - 1) * whole * sizeof(float) / tp;
     uint64_t neighbours = !is_first_stage(c) + !is_last_stage(c);
-    t->operations[PIPELINE] = K * neighbours * (uint64_t)rows_of(m) / tp * C * (uint64_t)dtype_bytes(c->act);
-    if (c->tied && neighbours == 1) { t->operations[PIPELINE] += param_elements(m->wte) * (uint64_t)dtype_bytes(m->wte->wire); }  // between first and last stage
+    t->operations[PIPELINE] = K * neighbours * (uint64_t)own_rows_of(c, c->B) * (uint64_t)c->width * (uint64_t)dtype_bytes(c->act);
+    if (c->tied && neighbours == 1) { t->operations[PIPELINE] += param_elements(m->wte) * (uint64_t)dtype_bytes(m->wte->accum); }  // between first and last stage
     plan_sort_traffic(t);
 }
 
@@ -1844,7 +2025,7 @@ static StageTimes stage_times(const Model* m, const Gpu* g, const PlanTraffic* t
 // The largest micro-batch with which every rank fits; fullest: the replica that takes most, by stage
 static int64_t largest_micro_batch(Run* r, Matmul* matmuls, const std::vector<int>& fullest, double limit) {
     int64_t T = r->config.T, unit = 1, most = min_of(INT32_MAX / 4 / T, MAX_MICRO_BATCH);
-    while (unit * T % r->layout.tp != 0 || (r->on_gpu && r->config.fp8 && unit * T % 16 != 0)) { unit++; }
+    while ((r->on_gpu && r->config.fp8 && unit * T % 16 != 0)) { unit++; }
     auto fits = [&](int64_t units) {
         bool all = units * unit <= most;
         for (size_t s = 0; all && s < fullest.size(); s++) {
@@ -1868,7 +2049,6 @@ static void plan_side(Run* r, Matmul* matmuls, const Plan* p, PlanSide* side) {
     std::vector<StageTimes> times;
     std::vector<int> fullest;  // replica, by stage
     uint64_t most = 0, least = UINT64_MAX;
-    double sent = -1.0;
     for (int stage = 0; stage < p->pp; stage++) {
         size_t most_of_stage = 0;
         fullest.push_back(0);
@@ -1884,7 +2064,7 @@ static void plan_side(Run* r, Matmul* matmuls, const Plan* p, PlanSide* side) {
             if (total < least) { least = total; keep(side->memory_min); }
             PlanTraffic traffic;
             rank_traffic(&r->model, r->micro_batches, &traffic);
-            if (plan_traffic(&traffic) > sent) { sent = plan_traffic(&traffic); side->traffic = traffic; }
+            plan_keep_most(&side->traffic, &traffic);
             if (replica == 0 && p->gpu != NULL) { times.push_back(stage_times(&r->model, p->gpu, &traffic, r->micro_batches)); }
             uint64_t tensor[COMM_OPERATIONS] = {};
             tensor_traffic(tensor, &r->model);
@@ -1930,11 +2110,10 @@ static void make_plan(Run* r) {
     Plan p = {};
     p.gpu = gpu_of(a->gpu);
     p.world = (int)a->world;
-    p.dp = r->layout.dp;
-    p.pp = r->layout.pp;
-    p.tp = r->layout.tp;
+    p.dp = r->topology.layout.dp;
+    p.pp = r->topology.layout.pp;
+    p.tp = r->topology.layout.tp;
     resolve_planned(r);
-    r->group.transport = p.dp == 1 ? ALONE : p.gpu != NULL ? OVER_NCCL : OVER_MPI;  // of the run
     char model[64], recipe[64];
     snprintf(model, sizeof(model), "%d layers × %d", r->config.layers, r->config.width);
     option_value_text(recipe, sizeof(recipe), option_of(&r->table.options, &a->recipe));
@@ -1957,12 +2136,8 @@ static void make_plan(Run* r) {
 #endif
         matmul_create(&matmuls);
     }
-    GptConfig whole = r->config;
-    whole.layout = RankLayout{};
-    model_describe(&r->model, &whole, &r->group);
-    p.parameters = params_total(&r->model.params);
+    p.parameters = count_parameters(r);
     p.vocab = r->config.vocab;
-    model_forget(&r->model);
     plan_side(r, &matmuls, &p, &p.asked);
     set_baseline(r);
     resolve_planned(r);
@@ -1974,48 +2149,63 @@ static void make_plan(Run* r) {
 
 // ---- main ----
 
+// Before printing what needs neither MPI nor a device: of several ranks all must be about to, else those that are not would wait for ever
+static void print_together(Run* r, const char* task, int* argc, char*** argv) {
+    if (launched_processes() <= 1) { return; }
+    r->world = world_init(argc, argv);
+    require_same_task(&r->world, task);
+    world_finalize(&r->world);
+}
+
 static void setup(Run* r, int argc, char** argv) {
     option_table(&r->table, &r->args);
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0) { print_together(r, "--help", &argc, &argv); }
+    }
     parse_options(&r->table.options, argc, argv);
     resolve_topology(r);
     if (r->args.plan) {
+        print_together(r, "--plan", &argc, &argv);
         make_plan(r);
         exit(0);
     }
     r->world = world_init(&argc, &argv);
+    require_same_task(&r->world, NULL);
     world_select_device(&r->world);
 #ifdef _OPENMP
     omp_set_num_threads(threads_per_rank(&r->world));
 #endif
-    r->group = group_world(&r->world, r->args.staged);
-    r->layout.dp = r->group.size;
+    r->topology.world = group_world(&r->world, r->args.staged);
+    Group* world = &r->topology.world;
     static char text[1 << 20];
     settings_text(r, text, sizeof(text));
-    require_same_everywhere(&r->group, "flags", text);
+    require_same_everywhere(world, "flags", text);
+    join_topology(r);
     resolve_model(r);
     open_data(r);
     resolve_global_batch(r);
     resolve_steps(r);
     resolved_text(r, text, sizeof(text));
-    require_same_everywhere(&r->group, "data and model", text);
+    require_same_everywhere(world, "data and model", text);
     settings_text(r, text, sizeof(text));  // again, with what the recipe has set: a flag that was given may be another's default
-    require_same_everywhere(&r->group, "flags", text);
-    model_plan(&r->model, &r->config, &r->group, &r->memory);
+    require_same_everywhere(world, "flags", text);
+    r->parameters = count_parameters(r);
+    model_plan(&r->model, &r->config, &r->topology, &r->memory);
     compare_memory(r);
     memory_require(&r->memory, r->world.ranks_per_device, "a smaller --micro-batch or --seq-len, or a higher --recompute, needs less");
-    barrier(&r->group);  // every rank has found its input good: from here on things are written
+    barrier(world);  // every rank has found its input good: from here on things are written
     r->log = no_log();
-    if (r->group.rank == 0) {
+    if (world->rank == 0) {
         make_directory("--output-dir", r->args.output_dir);
         r->log = log_open("--output-dir", r->args.output_dir, false);
     }
-    barrier(&r->group);
+    barrier(world);
     model_commit(&r->model, &r->memory);
-    model_set_weights(&r->model, &r->group, r->has_file ? &r->file : NULL);
+    model_set_weights(&r->model, r->has_file ? &r->file : NULL);
     if (r->has_file) { llmc_close(&r->file); }
     resolve_peak(r);
-    r->batch = host_batch_create(rows_of(&r->model));
-    if (r->group.rank == 0) {
+    for (int i = 0; i < r->config.in_flight; i++) { r->batches.push_back(host_batch_create(rows_of(&r->model))); }
+    if (world->rank == 0) {
         print_settings(r);
         log_settings(r);
     }
@@ -2050,19 +2240,16 @@ static void train(Run* r) {
         if (end) { break; }
         double start = wall_seconds(), lr = learning_rate(a->schedule, a->lr, a->min_lr_frac, r->warmup, step, r->steps);
         if (a->overfit_batch) { loader_rewind(&r->train); }
-        memset(r->group.bytes_sent, 0, sizeof(r->group.bytes_sent));
-        for (int k = 0; k < r->micro_batches; k++) {
-            loader_next(&r->train, r->batch.tokens, r->batch.targets);
-            micro_step(m, &r->batch, k, k == r->micro_batches - 1, weight);
-        }
+        topology_forget_sent(&r->topology);
+        run_micro_batches(m, r->batches.data(), r->micro_batches, weight, [=](HostBatch* b, int) { loader_next(&r->train, b->tokens, b->targets); });
         settings.rates = AdamRates{(float)lr, (float)a->beta1, (float)a->beta2, (float)a->eps, 0.0f};
         if (device_is_gpu) { show_last(); }  // the device is busy with this step meanwhile
-        finish_step(m, &r->group, &settings, weight);
+        finish_step(m, &settings, weight);
         last.waiting = true;
         last.step = step;
         last.lr = lr;
         last.start = start;
-        memcpy(last.sent, r->group.bytes_sent, sizeof(last.sent));
+        topology_sent(last.sent, &r->topology);
         if (!device_is_gpu) { show_last(); }
         if (step == 0 && a->profile) {  // the first step warms up
             profiler.on = m->matmul.timing = true;
@@ -2070,7 +2257,7 @@ static void train(Run* r) {
             profile_start = wall_seconds();
         }
     }
-    if (r->skipped > 0 && r->group.rank == 0) {
+    if (r->skipped > 0 && r->topology.world.rank == 0) {
         console_print(&r->console, "%" PRId64 " of %" PRId64 " steps were skipped, %" PRId64 " of them for a loss or gradient that was not finite", r->skipped,
                       r->steps, r->not_finite);
     }
@@ -2078,7 +2265,7 @@ static void train(Run* r) {
         die("the last %" PRId64 " steps had no finite loss or gradient: the model no longer trains; a lower --lr, a longer --warmup or --clip may keep it whole",
             r->not_finite_in_a_row);
     }
-    if (a->profile && r->group.rank == 0 && r->steps > 1) {
+    if (a->profile && r->topology.world.rank == 0 && r->steps > 1) {
         profile_report(stdout, wall_seconds() - profile_start, (int)(r->steps - 1));
         matmul_time_alone(&m->matmul, m->stream);
         matmul_report(&m->matmul, stdout, (int)(r->steps - 1));
@@ -2089,10 +2276,10 @@ static void train(Run* r) {
 static void teardown(Run* r) {
     console_end_line(&r->console);
     model_free(&r->model, &r->memory);
-    host_batch_free(&r->batch);
+    for (HostBatch& b : r->batches) { host_batch_free(&b); }
     close_data(r);
     log_close(&r->log);
-    group_free(&r->group);
+    topology_free(&r->topology);
     world_finalize(&r->world);
 }
 

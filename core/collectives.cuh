@@ -16,7 +16,7 @@
 //     group_free(&group);
 //     world_finalize(&world);
 //
-// Every rank of a group makes the same calls in the same order with the same sizes.
+// Every rank of a group makes the same calls in the same order with the same sizes. `group_split` cuts a group into several.
 #pragma once
 #include "device.cuh"
 #include <limits.h>
@@ -67,6 +67,7 @@ struct Group {
     int rank, size;
     Transport transport;
     int ranks_per_device;
+    bool shared;                           // what it stands on is another group's, which frees it
     uint64_t bytes_sent[COMM_OPERATIONS];  // payload that this rank has sent
 #ifdef USE_MPI
     MPI_Comm comm;
@@ -163,8 +164,15 @@ static inline int local_count_same(const World* w, const void* mine, size_t byte
     return same;
 }
 
+// all (size, bytes): what each rank of the world gave as `mine`
+static inline void world_gather(const World* w, void* all, const void* mine, size_t bytes) {
+    if (!w->uses_mpi) { memcpy(all, mine, bytes); return; }
+    MPI_CHECK(MPI_Allgather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, MPI_COMM_WORLD));
+}
+
 #else
 static inline int local_count_same(const World*, const void*, size_t) { return 1; }
+static inline void world_gather(const World*, void* all, const void* mine, size_t bytes) { memcpy(all, mine, bytes); }
 #endif
 
 // Starts MPI where a launcher asked for it.
@@ -216,33 +224,21 @@ static inline void world_select_device(World* w) {
 #endif
 }
 
-// All ranks. On GPUs `allow_staged` says whether ranks may exchange through host memory where NCCL cannot serve them; otherwise that is
-// refused.
-static inline Group group_world(const World* w, bool allow_staged) {
-    Group g = {};
-    g.rank = w->rank;
-    g.size = w->size;
-    g.ranks_per_device = w->ranks_per_device;
-    g.transport = ALONE;
-    (void)allow_staged;
 #ifdef USE_MPI
-    if (w->size == 1) { return g; }
-    g.transport = OVER_MPI;
-#ifdef USE_CUDA
-    g.transport = OVER_MPI_STAGED;
-#ifdef NCCL_TRANSPORT
-    if (w->ranks_per_device == 1) { g.transport = OVER_NCCL; }
-    const char* reason = "NCCL needs a GPU for each";
-#else
-    const char* reason = "this binary was built without NCCL";
-#endif
-    if (g.transport == OVER_MPI_STAGED && !allow_staged) {
-        bad_input("%d rank%s a GPU, but %s; start fewer ranks, or let them exchange through host memory with --staged", w->ranks_per_device,
-            w->ranks_per_device == 1 ? "" : "s", reason);
-    }
-#endif
-    MPI_CHECK(MPI_Comm_dup(MPI_COMM_WORLD, &g.comm));
+// The ranks of `comm`, which is the group's from here on
+static inline Group group_over(MPI_Comm comm, Transport transport, int ranks_per_device) {
+    Group g = {};
+    g.comm = comm;
+    g.transport = transport;
+    g.ranks_per_device = ranks_per_device;
     MPI_CHECK(MPI_Comm_set_errhandler(g.comm, MPI_ERRORS_RETURN));
+    MPI_CHECK(MPI_Comm_size(g.comm, &g.size));
+    MPI_CHECK(MPI_Comm_rank(g.comm, &g.rank));
+    if (g.size == 1) {
+        g.transport = ALONE;
+        MPI_CHECK(MPI_Comm_free(&g.comm));
+        return g;
+    }
     g.gathered = host_alloc((size_t)g.size * COMM_GATHER_BYTES);
     if (g.transport == OVER_MPI_STAGED) { g.staging = pinned_alloc(COMM_STAGING_BYTES); }
 #ifdef NCCL_TRANSPORT
@@ -253,13 +249,67 @@ static inline Group group_world(const World* w, bool allow_staged) {
         g.nccl = nccl_connect(id, g.size, g.rank);
     }
 #endif
-#endif
     return g;
+}
+#endif
+
+// All ranks. On GPUs `allow_staged` says whether ranks may exchange through host memory where NCCL cannot serve them; otherwise that is
+// refused.
+static inline Group group_world(const World* w, bool allow_staged) {
+    (void)allow_staged;
+#ifdef USE_MPI
+    if (w->size > 1) {
+        Transport transport = OVER_MPI;
+#ifdef USE_CUDA
+        transport = OVER_MPI_STAGED;
+#ifdef NCCL_TRANSPORT
+        if (w->ranks_per_device == 1) { transport = OVER_NCCL; }
+        const char* reason = "NCCL needs a GPU for each";
+#else
+        const char* reason = "this binary was built without NCCL";
+#endif
+        if (transport == OVER_MPI_STAGED && !allow_staged) {
+            bad_input("%d rank%s a GPU, but %s; start fewer ranks, or let them exchange through host memory with --staged", w->ranks_per_device,
+                w->ranks_per_device == 1 ? "" : "s", reason);
+        }
+#endif
+        MPI_Comm comm;
+        MPI_CHECK(MPI_Comm_dup(MPI_COMM_WORLD, &comm));
+        return group_over(comm, transport, w->ranks_per_device);
+    }
+#endif
+    Group g = {};
+    g.rank = w->rank;
+    g.size = w->size;
+    g.ranks_per_device = w->ranks_per_device;
+    g.transport = ALONE;
+    return g;
+}
+
+// The same ranks once more, counted apart, over what `whole` has; to be freed before it.
+static inline Group group_share(const Group* whole) {
+    Group g = *whole;
+    g.shared = true;
+    memset(g.bytes_sent, 0, sizeof(g.bytes_sent));
+    return g;
+}
+
+// The ranks of `whole` that give the same color (0 or more) as this one, in the order of their keys. All of `whole` call it.
+static inline Group group_split(const Group* whole, int color, int key) {
+#ifdef USE_MPI
+    if (whole->transport != ALONE) {
+        MPI_Comm comm;
+        MPI_CHECK(MPI_Comm_split(whole->comm, color, key, &comm));
+        return group_over(comm, whole->transport, whole->ranks_per_device);
+    }
+#endif
+    (void)color, (void)key;
+    return group_share(whole);
 }
 
 static inline void group_free(Group* g) {
 #ifdef USE_MPI
-    if (g->transport != ALONE) {
+    if (g->transport != ALONE && !g->shared) {
 #ifdef NCCL_TRANSPORT
         if (g->transport == OVER_NCCL) { nccl_disconnect(g->nccl); }
 #endif
@@ -293,9 +343,13 @@ static inline void group_describe(const Group* g, char* out, size_t size) {
 
 #ifdef USE_MPI
 
+static inline MPI_Datatype mpi_type_of(const float*) { return MPI_FLOAT; }
+static inline MPI_Datatype mpi_type_of(const double*) { return MPI_DOUBLE; }
+
 // x = Σ over the ranks, in their order; host memory
-template <class T> static void gather_and_add(Group* g, T* x, size_t n, MPI_Datatype type, CommOperation counter) {
+template <class T> static void gather_and_add(Group* g, T* x, size_t n, CommOperation counter) {
     constexpr size_t MOST = COMM_GATHER_BYTES / sizeof(T);
+    MPI_Datatype type = mpi_type_of(x);
     T* all = (T*)g->gathered;
     for (size_t i = 0; i < n; i += MOST) {
         size_t m = min_of(MOST, n - i);
@@ -313,14 +367,14 @@ template <class T> static void gather_and_add(Group* g, T* x, size_t n, MPI_Data
 static inline uint64_t ring_bytes(const Group* g, size_t bytes) { return 2 * bytes * ((uint64_t)g->size - 1) / (uint64_t)g->size; }
 
 // f(host memory, elements) for device memory, piece by piece where it must be copied
-template <class F> static void on_host(Group* g, float* data, size_t n, Stream stream, F f) {
+template <class T, class F> static void on_host(Group* g, T* data, size_t n, Stream stream, F f) {
     if (g->transport == OVER_MPI) { f(data, n); return; }
-    constexpr size_t MOST = COMM_STAGING_BYTES / sizeof(float);
+    constexpr size_t MOST = COMM_STAGING_BYTES / sizeof(T);
     for (size_t i = 0; i < n; i += MOST) {
         size_t m = min_of(MOST, n - i);
-        copy_to_host(g->staging, data + i, m * sizeof(float), stream);
-        f((float*)g->staging, m);
-        copy_to_device(data + i, g->staging, m * sizeof(float), stream);
+        copy_to_host(g->staging, data + i, m * sizeof(T), stream);
+        f((T*)g->staging, m);
+        copy_to_device(data + i, g->staging, m * sizeof(T), stream);
         stream_sync(stream);  // before the staging is written again
     }
 }
@@ -329,18 +383,18 @@ template <class F> static void on_host(Group* g, float* data, size_t n, Stream s
 
 // ---- the interface ----
 
-// data = Σ over the ranks, in place, in device memory. The same bytes on every rank; over MPI added in the order of the ranks.
-static inline void all_reduce_sum(Group* g, float* data, size_t n, Stream stream) {
+// data = Σ over the ranks, in place, in device memory; floats or doubles. The same bytes on every rank; over MPI added in the order of the ranks.
+template <class T> static inline void all_reduce_sum(Group* g, T* data, size_t n, Stream stream) {
     if (g->transport == ALONE) { return; }
 #ifdef NCCL_TRANSPORT
     if (g->transport == OVER_NCCL) {
         nccl_all_reduce_sum(g->nccl, data, n, stream);
-        g->bytes_sent[ALL_REDUCE_SUM] += ring_bytes(g, n * sizeof(float));
+        g->bytes_sent[ALL_REDUCE_SUM] += ring_bytes(g, n * sizeof(T));
         return;
     }
 #endif
 #ifdef USE_MPI
-    on_host(g, data, n, stream, [=](float* x, size_t m) { gather_and_add(g, x, m, MPI_FLOAT, ALL_REDUCE_SUM); });
+    on_host(g, data, n, stream, [=](T* x, size_t m) { gather_and_add(g, x, m, ALL_REDUCE_SUM); });
 #else
     (void)data, (void)n, (void)stream;
 #endif
@@ -422,7 +476,7 @@ static inline void host_broadcast(Group* g, void* data, size_t bytes, int root) 
 static inline void host_all_reduce_sum(Group* g, double* x, int n) {
     if (g->transport == ALONE) { return; }
 #ifdef USE_MPI
-    gather_and_add(g, x, (size_t)n, MPI_DOUBLE, HOST_ALL_REDUCE_SUM);
+    gather_and_add(g, x, (size_t)n, HOST_ALL_REDUCE_SUM);
 #else
     (void)x, (void)n;
 #endif

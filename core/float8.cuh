@@ -227,3 +227,10 @@ DEVICE uint32_t mix32(uint32_t x) {
 DEVICE uint32_t random_upper(RandomKey key, uint64_t element) { return mix32((uint32_t)(element >> 32) ^ key.b) ^ key.b; }
 DEVICE uint32_t random_lower(RandomKey key, uint64_t element, uint32_t upper) { return mix32(mix32((uint32_t)element ^ key.a) + upper); }
 DEVICE uint32_t random_bits(RandomKey key, uint64_t element) { return random_lower(key, element, random_upper(key, element)); }
+
+// The number that an element of a share has within the whole tensor: random bits depend on it, and so not on how ranks share the tensor. A share is made of
+// runs of neighbours at equal distances; run 0: it is the tensor.
+struct ElementMap {
+    uint64_t run, stride, first;
+    DEVICE uint64_t operator()(uint64_t i) const { return run == 0 ? i : i / run * stride + first + i % run; }
+};

@@ -18,6 +18,12 @@ static inline int pieces_of(size_t elements) { return (int)ceil_div(elements, (s
 // Elements of the piece that begins at `first`: the last one of a tensor may be short
 DEVICE int piece_length(size_t elements, size_t first) { return (int)min_of((size_t)PIECE, elements - first); }
 
+// f(Tag<T>) for the type of activations
+template <class F> static inline void with_type(DType t, F f) {
+    if (t == FP32) { f(Tag<float>{}); }
+    else if (t == BF16) { f(Tag<bf16>{}); }
+    else { die("%s is no type of activations", dtype_names[t]); }
+}
 // f(Tag<T>) for the type of a gradient
 template <class F> static inline void with_gradient_type(DType t, F f) {
     switch (t) {
@@ -116,7 +122,8 @@ template <class A, Rounding R> struct AddGradient {  // sum = A(([sum·previous 
     const float* addend;
     const float* slot;      // NULL = 1: for BF16
     RandomKey key;          // of this addition
-    uint64_t first_element; // number of sum[0] within its tensor
+    ElementMap whole;       // the number of an element within the whole tensor,
+    uint64_t first_element; // from that of sum[0] within this rank's share
     size_t elements;
     bool add;
     template <class Team> DEVICE void operator()(Team team, int piece) const {
@@ -125,16 +132,18 @@ template <class A, Rounding R> struct AddGradient {  // sum = A(([sum·previous 
         const float* pa = addend + first;
         float scale = slot != NULL ? slot[1] : 1.0f, previous = slot != NULL ? slot[2] : 1.0f;
         RandomKey k = key;
-        uint64_t at = first_element + first;
+        ElementMap number = whole;
+        uint64_t here = first_element + first;
         int n = piece_length(elements, first);
-        if (add) { team.each(n, [=](auto c) { store_rounded<R>(ps, c, (load(ps, c) * previous + load(pa, c)) * scale, k, at); }); }
-        else { team.each(n, [=](auto c) { store_rounded<R>(ps, c, load(pa, c) * scale, k, at); }); }
+        auto at = [=](auto c) { return number(here + c.i) - c.i; };
+        if (add) { team.each(n, [=](auto c) { store_rounded<R>(ps, c, (load(ps, c) * previous + load(pa, c)) * scale, k, at(c)); }); }
+        else { team.each(n, [=](auto c) { store_rounded<R>(ps, c, load(pa, c) * scale, k, at(c)); }); }
     }
 };
 
 // sum (elements) [+]= addend, rounded to the accumulator's format. `slot`, `amax`: of an FP8 accumulator, which takes the whole tensor at once.
-// `first_element`: number of sum[0] within its tensor.
-static inline void add_gradient(DType type, void* sum, const float* addend, float* slot, uint32_t* amax, Rounding rounding, RandomKey key,
+// `first_element`: number of sum[0] within this rank's share, which lies within the whole tensor as `whole` says.
+static inline void add_gradient(DType type, void* sum, const float* addend, float* slot, uint32_t* amax, Rounding rounding, RandomKey key, ElementMap whole,
                                 uint64_t first_element, size_t elements, bool add, Stream s) {
     with_accumulator(type, rounding, [&](auto tag, auto r) {
         typedef typename decltype(tag)::type A;
@@ -143,7 +152,38 @@ static inline void add_gradient(DType type, void* sum, const float* addend, floa
             run_rows(SumAmax<A>{amax, (const A*)sum, addend, slot, elements, add}, pieces, s);
             run_rows(SumSlot{slot, amax, largest_of(type)}, 1, s);
         }
-        run_rows(AddGradient<A, decltype(r)::value>{(A*)sum, addend, is_fp8(type) ? slot : NULL, key, first_element, elements, add}, pieces, s);
+        run_rows(AddGradient<A, decltype(r)::value>{(A*)sum, addend, is_fp8(type) ? slot : NULL, key, whole, first_element, elements, add}, pieces, s);
+    });
+}
+
+template <class A, Rounding R> struct AddAccumulators {  // sum = A(first + second)
+    A* sum;
+    const A* first;
+    const A* second;
+    RandomKey key;           // of this addition
+    ElementMap whole;        // as in AddGradient
+    uint64_t first_element;
+    size_t elements;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        size_t from = (size_t)piece * PIECE;
+        A* ps = sum + from;
+        const A* pa = first + from;
+        const A* pb = second + from;
+        RandomKey k = key;
+        ElementMap number = whole;
+        uint64_t here = first_element + from;
+        team.each(piece_length(elements, from), [=](auto c) { store_rounded<R>(ps, c, load(pa, c) + load(pb, c), k, number(here + c.i) - c.i); });
+    }
+};
+
+// sum (elements) = first + second, all of the accumulator's format, added in FP32 and rounded once; sum may be one of the two. Whoever adds the same two
+// with the same key gets the same bits. FP8 accumulators, each with a scale of its own, are not added so.
+static inline void add_accumulators(DType type, void* sum, const void* first, const void* second, Rounding rounding, RandomKey key, ElementMap whole,
+                                    uint64_t first_element, size_t elements, Stream s) {
+    if (is_fp8(type)) { die("two accumulators in %s are not added up", dtype_names[type]); }
+    with_accumulator(type, rounding, [&](auto tag, auto r) {
+        typedef typename decltype(tag)::type A;
+        run_rows(AddAccumulators<A, decltype(r)::value>{(A*)sum, (const A*)first, (const A*)second, key, whole, first_element, elements}, pieces_of(elements), s);
     });
 }
 

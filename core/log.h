@@ -321,6 +321,28 @@ static inline void log_row(FILE* file, const char* name, int width, const char* 
     fputc('\n', file);
 }
 
+constexpr int TABLE_ROWS = 80;
+
+// Rows whose values are formatted here; a row without a value is a heading
+struct Table {
+    LogRow rows[TABLE_ROWS];
+    char values[TABLE_ROWS][320];
+    int count;
+};
+__attribute__((format(printf, 3, 4))) static inline void table_add(Table* t, const char* name, const char* fmt, ...) {
+    if (t->count == TABLE_ROWS) { die("more than %d rows", TABLE_ROWS); }
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(t->values[t->count], sizeof(t->values[0]), fmt, args);
+    va_end(args);
+    t->rows[t->count] = LogRow{name, t->values[t->count]};
+    t->count++;
+}
+static inline void table_heading(Table* t, const char* name) {
+    if (t->count == TABLE_ROWS) { die("more than %d rows", TABLE_ROWS); }
+    t->rows[t->count++] = LogRow{name, NULL};
+}
+
 // Two aligned columns under a title.
 static inline void log_table(FILE* file, const char* title, const LogRow* rows, int count) {
     int width = 0;

@@ -78,7 +78,7 @@ static inline LlmcModel llmc_open(const char* flag, const char* path) {
     return m;
 }
 
-// values (rows, cols) of one parameter as float32: rows beyond the file's are zero.
+// values (rows, cols) of this rank's share of one parameter as float32: rows beyond the file's are zero.
 static inline void llmc_read(float* values, const LlmcModel* m, const Param* p) {
     const char* name = strchr(p->name, '.') != NULL ? strchr(p->name, '.') + 1 : p->name;
     LlmcTensor tensors[LLMC_TENSORS];
@@ -91,8 +91,10 @@ static inline void llmc_read(float* values, const LlmcModel* m, const Param* p) 
     }
     if (found == NULL) { die("llm.c models have no tensor '%s'", p->name); }
     if (found->per_layer) { first += found->elements * p->layer; }
-    int64_t n = (int64_t)param_elements(p), wanted = min_of(p->valid_rows * p->cols, found->elements);
-    size_t bytes = (size_t)wanted * (size_t)m->element_bytes, done = 0;
+    int64_t n = (int64_t)param_elements(p), wanted = p->valid_rows * p->cols;
+    ElementMap whole = whole_elements(p);
+    int64_t last = wanted > 0 ? min_of((int64_t)whole((uint64_t)wanted - 1) + 1, found->elements) : 0;  // of the tensor in the file, what is before that is read
+    size_t bytes = (size_t)last * (size_t)m->element_bytes, done = 0;
     char* raw = (char*)host_alloc(bytes);
     off_t offset = (off_t)(LLMC_HEADER * 4 + first * m->element_bytes);
     while (done < bytes) {
@@ -103,9 +105,10 @@ static inline void llmc_read(float* values, const LlmcModel* m, const Param* p) 
     }
     for (int64_t i = 0; i < n; i++) {
         bf16 half = {};
-        if (i >= wanted) { values[i] = 0.0f; }
-        else if (m->element_bytes == 4) { memcpy(&values[i], raw + 4 * i, 4); }
-        else { memcpy(&half, raw + 2 * i, 2); values[i] = to_float(half); }
+        int64_t at = (int64_t)whole((uint64_t)i);
+        if (i >= wanted || at >= last) { values[i] = 0.0f; }
+        else if (m->element_bytes == 4) { memcpy(&values[i], raw + 4 * at, 4); }
+        else { memcpy(&half, raw + 2 * at, 2); values[i] = to_float(half); }
     }
     free(raw);
 }

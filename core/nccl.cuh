@@ -65,8 +65,11 @@ static inline void nccl_disconnect(ncclComm_t comm) {
     nccl_check(ncclCommDestroy(comm), NULL, "ncclCommDestroy", __FILE__, __LINE__);
 }
 
-static inline void nccl_all_reduce_sum(ncclComm_t comm, float* data, size_t n, Stream stream) {
-    NCCL_CALL(comm, ncclAllReduce(data, data, n, ncclFloat, ncclSum, comm, stream));
+static inline ncclDataType_t nccl_type_of(const float*) { return ncclFloat; }
+static inline ncclDataType_t nccl_type_of(const double*) { return ncclDouble; }
+
+template <class T> static inline void nccl_all_reduce_sum(ncclComm_t comm, T* data, size_t n, Stream stream) {
+    NCCL_CALL(comm, ncclAllReduce(data, data, n, nccl_type_of(data), ncclSum, comm, stream));
 }
 
 // Of non-negative floats by their bits, so that NaN and inf are the greatest: op is ncclMin or ncclMax.

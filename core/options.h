@@ -126,6 +126,16 @@ static inline Option option_custom(const char* name, const char* llmc, void* val
     return row;
 }
 
+static inline const char* parse_yes_no(void* value, const char* text) {
+    if (strcmp(text, "yes") != 0 && strcmp(text, "no") != 0) { return "allowed: yes, no"; }
+    *(bool*)value = strcmp(text, "yes") == 0;
+    return NULL;
+}
+static inline void print_yes_no(char* text, size_t size, const void* value) { snprintf(text, size, "%s", *(const bool*)value ? "yes" : "no"); }
+static inline Option option_yes_no(const char* name, const char* llmc, bool* value, const char* help, const char* default_text = NULL) {
+    return option_custom(name, llmc, value, parse_yes_no, print_yes_no, "yes|no", help, default_text);
+}
+
 // ---- text ----
 
 struct OptionText {

@@ -9,7 +9,7 @@
 // What decides a tensor's format: MATRIX is an input of an FP8 matmul where the recipe says so; EMBEDDING and VECTOR stay in the activations' type.
 enum FormatClass { MATRIX, EMBEDDING, VECTOR };
 
-// How the ranks of a layer (tensor parallel) share a tensor: each has all of it, some of its rows, or some of its columns
+// How the ranks of a layer (tensor parallel) share a tensor: each has all of it, some of its rows (of a bias: some of its elements), or some of its columns
 enum TpAxis { TP_WHOLE, TP_ROWS, TP_COLS };
 
 constexpr int STATE_BLOCK = 128;  // elements of an optimizer state that share an exponent, where blocks have scales of their own
@@ -33,6 +33,7 @@ struct Param {
     int tp_rank, tp_ranks;
     int segments;        // TP_ROWS: tensors of equal size, one below the other, of each of which a rank has its share: 3 of queries, keys and values
     bool partial;        // gradients are of this rank's own rows of the batch: the ranks of a layer add theirs up before replicas do
+    bool apart;          // travels by itself: another stage has it too, and a sum's order depends on where in a bucket it is cut
     bool counted;        // in the global norm: of the ranks that hold the same values one counts them
     int layer;           // -1: outside the layers, before them; the layer count: after them
     bool decay;          // weight decay applies
@@ -70,15 +71,14 @@ struct ParamTable {
 
 static inline size_t param_elements(const Param* p) { return (size_t)(p->rows * p->cols); }
 
-// The number of this rank's element i within the whole tensor; `run` elements from there on, at most, are neighbours in both
-static inline uint64_t whole_element(const Param* p, uint64_t i) {
-    uint64_t cols = (uint64_t)p->cols, row = i / cols, col = i % cols, share = (uint64_t)(p->rows / p->segments), ranks = (uint64_t)p->tp_ranks, rank = (uint64_t)p->tp_rank;
-    switch (p->tp_axis) {
-        case TP_ROWS: return ((row / share * ranks + rank) * share + row % share) * cols + col;
-        case TP_COLS: return (row * ranks + rank) * cols + col;
-        default: return i;
-    }
+// Where this rank's elements are within the whole tensor
+static inline ElementMap whole_elements(const Param* p) {
+    uint64_t ranks = (uint64_t)p->tp_ranks, run = p->tp_axis == TP_ROWS ? (uint64_t)(p->rows * p->cols / p->segments) : (uint64_t)p->cols;
+    return p->tp_axis == TP_WHOLE || ranks == 1 ? ElementMap{} : ElementMap{run, run * ranks, run * (uint64_t)p->tp_rank};
 }
+
+// The elements of the whole tensor
+static inline size_t whole_count(const Param* p) { return param_elements(p) * (size_t)(p->tp_axis == TP_WHOLE ? 1 : p->tp_ranks); }
 
 static inline Param* param_add(ParamTable* table, const char* name, int layer, int64_t rows, int64_t cols, FormatClass format_class, DType dtype) {
     if (table->count == MAX_PARAMS) { die("more than %d parameters", MAX_PARAMS); }
@@ -123,15 +123,16 @@ static inline float param_normal(RandomKey key, uint64_t element) {
     return (float)(sqrt(-2.0 * log(u)) * cos(2.0 * M_PI * v));
 }
 
-// Writes the initial values of a parameter as float32 (rows, cols): a function of the seed, the parameter's name and the element, so that neither the
-// order of the table nor what other tensors there are changes them.
+// Writes the initial values of this rank's share of a parameter as float32 (rows, cols): a function of the seed, the parameter's name and the element of the
+// whole tensor, so that neither the order of the table, nor what other tensors there are, nor how ranks share it changes them.
 static inline void param_initialise(float* values, const Param* p, uint64_t seed) {
     uint64_t name = 0;
     for (const char* c = p->name; *c != '\0'; c++) { name = mix64(name ^ (uint64_t)(unsigned char)*c); }
     RandomKey key = random_key(seed, 0, name);
     int64_t n = (int64_t)param_elements(p), valid = p->valid_rows * p->cols;
+    ElementMap whole = whole_elements(p);
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i++) {
-        values[i] = i >= valid ? 0.0f : p->init_std > 0.0f ? p->init_std * param_normal(key, (uint64_t)i) : p->init_value;
+        values[i] = i >= valid ? 0.0f : p->init_std > 0.0f ? p->init_std * param_normal(key, whole(i)) : p->init_value;
     }
 }

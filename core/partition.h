@@ -1,7 +1,8 @@
 // partition.h: which tensors travel together, and which rank keeps what of them (ZeRO).
 //
-// Tensors that become complete together and have one format form a *bucket*: the matrices of a layer, the embeddings, and all vectors. Gradients are
-// reduced bucket by bucket, weights come back bucket by bucket, and a tensor has the same place in both.
+// Tensors that become complete together and have one format form a *bucket*: the matrices of a layer, the embeddings, and all vectors, those apart of whose
+// gradients each rank of a layer has a part; an embedding that two stages have is one by itself. Gradients are reduced bucket by bucket, weights come back
+// bucket by bucket, and a tensor has the same place in both.
 //
 // Without ZeRO every rank keeps the states of every tensor. With it a rank keeps those of its *part* of each bucket, which is one stretch of it:
 //   flat      equal parts, cut at multiples of PIECE elements, and so never within a piece of the gradient norm or a block of an optimizer state
@@ -32,11 +33,13 @@ struct Bucket {        // tensors that travel together, in one format
     size_t elements;   // with the gaps after tensors; a multiple of the ranks
     size_t* cuts;      // (ranks + 1) rank r keeps the elements [cuts[r], cuts[r + 1])
     bool matrices;     // as against embeddings or vectors
+    bool partial;      // as in Param
+    bool apart;        // as in Param
     bool whole;        // tensors have owners, and parts are not equal
     // on the device
     char* weights;     // (elements) of dtype
     char* memory;      // (elements) of accum: the gradients while micro-batches are added up
-    float* owned;      // this rank's part of the gradients over several reductions; NULL: one is all
+    float* owned;      // this rank's part of the gradients of all micro-batches, where each is reduced; NULL: they are reduced once
     // its way between the ranks
     bool started;      // in this backward pass
     bool under_way;
@@ -163,7 +166,9 @@ static inline void partition_build(Partition* p, ParamTable* table, int rank, in
         int layer = q->format_class == VECTOR ? ALL_LAYERS : q->layer, k = 0;
         for (; k < p->bucket_count; k++) {
             const Bucket* b = &p->buckets[k];
-            if (b->layer == layer && b->dtype == q->dtype && b->accum == q->accum && b->wire == q->wire && b->matrices == (q->format_class == MATRIX)) { break; }
+            bool formats = b->dtype == q->dtype && b->accum == q->accum && b->wire == q->wire;
+            bool apart = b->apart || q->apart || b->partial != q->partial;
+            if (formats && b->layer == layer && b->matrices == (q->format_class == MATRIX) && !apart) { break; }
         }
         if (k == p->bucket_count) {
             Bucket b = {};
@@ -172,6 +177,8 @@ static inline void partition_build(Partition* p, ParamTable* table, int rank, in
             b.accum = q->accum;
             b.wire = q->wire;
             b.matrices = q->format_class == MATRIX;
+            b.partial = q->partial;
+            b.apart = q->apart;
             b.whole = q->owner >= 0;
             p->buckets[p->bucket_count++] = b;
         }

@@ -95,8 +95,20 @@ static const char* tensor_parallel_name(int operation) {
 
 struct PlanTraffic {        // bytes that a rank sends in a step
     uint64_t operations[COMM_OPERATIONS];
-    double gradients, weights, tensor, pipeline;  // by purpose
+    double gradients, weights, tensor, pipeline;  // by purpose: the former two between replicas, then between ranks of a layer, between stages
 };
+
+// Of two ranks' traffic that of the one that sends more: between replicas, ranks of a layer and stages each by itself
+static inline void plan_keep_most(PlanTraffic* most, const PlanTraffic* t) {
+    bool replicas = t->gradients + t->weights > most->gradients + most->weights, layer = t->tensor > most->tensor, stages = t->pipeline > most->pipeline;
+    for (int i = 0; i < COMM_OPERATIONS; i++) {
+        bool more = tensor_parallel_name(i) != NULL ? layer : i == PIPELINE ? stages : replicas;
+        if (more) { most->operations[i] = t->operations[i]; }
+    }
+    if (replicas) { most->gradients = t->gradients; most->weights = t->weights; }
+    if (layer) { most->tensor = t->tensor; }
+    if (stages) { most->pipeline = t->pipeline; }
+}
 
 // The purposes from the operations
 static inline void plan_sort_traffic(PlanTraffic* t) {
@@ -118,7 +130,7 @@ struct PlanTimes {          // seconds
 struct PlanSide {           // the run that was asked for, or its baseline
     const char* recipe;
     uint64_t memory[MEMORY_CATEGORIES], memory_min[MEMORY_CATEGORIES];  // of the fullest and the emptiest rank
-    PlanTraffic traffic;    // of the rank that sends most
+    PlanTraffic traffic;    // of the ranks that send most between replicas, in a layer, and between stages
     double table7;          // FP8-LM's table 7: bytes a rank sends for the activations of a micro-batch, X, X again and dX only
     PlanTimes times;
     int64_t largest_micro_batch;  // 0: none fits
@@ -251,7 +263,7 @@ static inline void plan_print(FILE* file, const Plan* p) {
     snprintf(name, sizeof(name), "largest micro-batch in %s", text_bytes(p->memory_limit).s);
     plan_row(file, 2, name, text[0], text[1], NAN);
     if (plan_traffic(&a->traffic) + plan_traffic(&b->traffic) > 0.0) {
-        fprintf(file, "sent in a step by the rank that sends most\n");
+        fprintf(file, "sent in a step by the rank that sends most, of each kind\n");
         plan_bytes_row(file, 2, "gradients", a->traffic.gradients, b->traffic.gradients);
         plan_bytes_row(file, 2, "weights", a->traffic.weights, b->traffic.weights);
         auto operations = [&](bool tensor_parallel) {

@@ -11,6 +11,16 @@
 //
 // F of micro-batch k waits for F of k on the stage before, B of k for B of k on the stage behind (on the last stage for its own F). So what stage s keeps
 // for backward is never more than `stages - s` micro-batches, however many there are, and a step of equal stages takes (K + stages - 1)·(f + b).
+//
+// Before each pass and after the last a stage makes one exchange: it sends what the last pass made and receives what the next one needs, both at once, and
+// goes on when both are done. A send may be done only when the peer has come to the exchange that receives it (NCCL, and MPI with long messages). One after
+// the other, then, would wait for ever: stage 0 sends the output of F3 and then receives the gradient of B0, while stage 1 sends the gradient of B0 and
+// then receives the output of F3. At once, those two are each other's peers, and so it is with every forward pass that follows a backward one. Before
+// the first of these all goes forward and waits for the stage behind alone, after the last all goes backward and waits for the stage before alone:
+// chains, with an end. (With fewer micro-batches than stages one exchange sends the last output and receives the first gradient. Its peer receives
+// in one exchange and sends in a later one, so neither half may wait for the other.)
+//
+// When the input of micro-batch k comes in, micro-batch k - schedule_in_flight is done with: its slot can be used again.
 #pragma once
 #include "common.h"
 
@@ -31,11 +41,22 @@ static inline ScheduleStep schedule_step(int stages, int stage, int micro_batche
     return ScheduleStep{false, (int)(i - K)};
 }
 
+struct ScheduleExchange {
+    int to;    // the stage that gets what the last pass made: the one behind an output, the one before a gradient; -1: nobody
+    int from;  // the stage that has what the next pass needs; -1: nobody
+};
+
+// What a stage exchanges before its i-th pass; i = 2·micro_batches: after its last
+static inline ScheduleExchange schedule_exchange(int stages, int stage, int micro_batches, int64_t i) {
+    auto neighbour = [=](bool behind) { return behind ? (stage + 1 < stages ? stage + 1 : -1) : stage - 1; };
+    ScheduleExchange x = {-1, -1};
+    if (i > 0) { x.to = neighbour(schedule_step(stages, stage, micro_batches, i - 1).forward); }
+    if (i < schedule_steps(micro_batches)) { x.from = neighbour(!schedule_step(stages, stage, micro_batches, i).forward); }
+    return x;
+}
+
 // The most micro-batches that a stage has been forward through and not yet back
 static inline int schedule_in_flight(int stages, int stage, int micro_batches) { return min_of(stages - stage, micro_batches); }
-
-// The share of a step in which a stage waits, where all stages take as long
-static inline double schedule_bubble(int stages, int micro_batches) { return (stages - 1) / ((double)micro_batches + stages - 1); }
 
 constexpr int SCHEDULE_SIMULATED = 4096;  // micro-batches; those beyond take what the slowest stage takes
 

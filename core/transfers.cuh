@@ -1,8 +1,8 @@
 // transfers.cuh: exchanges between ranks that are started and go on by themselves while the device computes.
 //
 // They carry gradients and weights: a ring that adds (reduce-scatter), an exchange of parts (all-to-all) and their collection (all-gather), which work on an
-// array of one part a rank, of equal parts or of others, each a multiple of 64 bytes; the step from equal parts to others (regroup); and the minimum or
-// maximum of a few scales. All in device memory.
+// array of one part a rank, of equal parts or of others, each a multiple of 64 bytes or of another unit; the step from equal parts to others (regroup); the
+// minimum or maximum of a few scales; and an array passed on from rank to rank. All in device memory.
 //
 //   NCCL          the calls go onto the stream, whose order is all that is needed: a transfer counts as done at once
 //   MPI           non-blocking MPI; `transfer_done` asks MPI how far it is, and so makes it go on: to be called between kernels
@@ -22,7 +22,10 @@
 #include "collectives.cuh"
 #include "gradient.cuh"
 
-constexpr size_t PART_BYTES = 64;  // a part is a multiple of this: MPI counts in it, with an int
+constexpr size_t PART_BYTES = 64;  // a part is a multiple of this, where nothing else is said: MPI counts in it, with an int
+
+// The largest unit in which parts of so many bytes can be counted
+static inline size_t transfer_unit(size_t bytes) { return bytes % PART_BYTES == 0 ? PART_BYTES : bytes & (~bytes + 1); }
 
 // An array of one part a rank: rank r's begins at byte begin(r) and ends at begin(r + 1)
 struct Parts {
@@ -39,7 +42,8 @@ struct Transfer {
     Group* group;
 #ifdef USE_MPI
     MPI_Comm comm;             // of its own: what is under way keeps its order whatever else the ranks exchange meanwhile
-    MPI_Datatype line;         // PART_BYTES bytes
+    MPI_Datatype line;         // `unit` bytes
+    size_t unit;
     MPI_Request requests[2];   // of what is under way
     int hop;                   // of the ring, from 0; -1: no ring
     char *ring, *received;     // (all parts), (the largest part): host memory
@@ -51,24 +55,26 @@ struct Transfer {
 #endif
 };
 
-// `largest`: bytes of the longest array that will travel
-static inline void transfer_create(Transfer* t, Group* group, size_t largest) {
+// `largest`: bytes of the longest array that will travel; `unit`: a power of two, 64 at most, of which every part is a multiple
+static inline void transfer_create(Transfer* t, Group* group, size_t largest, size_t unit = PART_BYTES) {
     *t = Transfer{};
     t->group = group;
 #ifdef USE_MPI
     if (group->transport == ALONE) { return; }
+    if (unit == 0 || unit > PART_BYTES || transfer_unit(unit) != unit) { die("transfers do not count in units of %zu bytes", unit); }
     MPI_CHECK(MPI_Comm_dup(group->comm, &t->comm));
     MPI_CHECK(MPI_Comm_set_errhandler(t->comm, MPI_ERRORS_RETURN));
     t->counts = (int*)host_alloc(2 * (size_t)group->size * sizeof(int));
     t->places = (int*)host_alloc(2 * (size_t)group->size * sizeof(int));
-    MPI_CHECK(MPI_Type_contiguous((int)PART_BYTES, MPI_BYTE, &t->line));
+    MPI_CHECK(MPI_Type_contiguous((int)unit, MPI_BYTE, &t->line));
     MPI_CHECK(MPI_Type_commit(&t->line));
+    t->unit = unit;
     t->requests[0] = t->requests[1] = MPI_REQUEST_NULL;
     t->hop = -1;
     t->largest = largest;
     if (group->transport == OVER_MPI_STAGED) { t->staging = (char*)pinned_alloc(2 * largest); }
 #else
-    (void)largest;
+    (void)largest, (void)unit;
 #endif
 }
 
@@ -87,11 +93,11 @@ static inline void transfer_free(Transfer* t) {
 
 #ifdef USE_MPI
 
-enum { TAG_RING = 3 };
+enum { TAG_RING = 3, TAG_PASSED_ON = 4 };
 
-static inline int transfer_lines(size_t bytes) {
-    if (bytes % PART_BYTES != 0 || bytes / PART_BYTES > INT_MAX) { die("a part of %zu bytes cannot be sent in one piece", bytes); }
-    return (int)(bytes / PART_BYTES);
+static inline int transfer_lines(const Transfer* t, size_t bytes) {
+    if (bytes % t->unit != 0 || bytes / t->unit > INT_MAX) { die("a part of %zu bytes cannot be sent in one piece", bytes); }
+    return (int)(bytes / t->unit);
 }
 
 // The part that this rank sends in hop h; in it, it receives the one that it sends in hop h + 1
@@ -100,8 +106,8 @@ static inline int ring_part(const Group* g, int hop) { return (2 * g->size + g->
 static inline void ring_start_hop(Transfer* t) {
     Group* g = t->group;
     int left = (g->rank + g->size - 1) % g->size, right = (g->rank + 1) % g->size, sent = ring_part(g, t->hop), received = ring_part(g, t->hop + 1);
-    MPI_CHECK(MPI_Irecv(t->received, transfer_lines(t->parts.bytes(received)), t->line, left, TAG_RING, t->comm, &t->requests[0]));
-    MPI_CHECK(MPI_Isend(t->ring + t->parts.begin(sent), transfer_lines(t->parts.bytes(sent)), t->line, right, TAG_RING, t->comm, &t->requests[1]));
+    MPI_CHECK(MPI_Irecv(t->received, transfer_lines(t, t->parts.bytes(received)), t->line, left, TAG_RING, t->comm, &t->requests[0]));
+    MPI_CHECK(MPI_Isend(t->ring + t->parts.begin(sent), transfer_lines(t, t->parts.bytes(sent)), t->line, right, TAG_RING, t->comm, &t->requests[1]));
 }
 
 static inline bool requests_done(Transfer* t) {
@@ -123,16 +129,16 @@ static inline bool mpi_transfer_done(Transfer* t) {
 }
 
 // Runs `start(sent, received)` on host memory: on the arrays themselves, or on copies of them. `sent` is device memory of `bytes` bytes; `received` is
-// another array of as many at most, NULL: the result is in `sent`. Of a copy, `result` bytes from `at` on come back.
+// another array, NULL: the result is in `sent`. Of a copy, `result` bytes from `at` on come back.
 template <class Start>
 static inline void over_mpi(Transfer* t, void* sent, size_t bytes, void* received, size_t at, size_t result, Stream stream, Start start) {
     if (t->group->transport == OVER_MPI) { start((char*)sent, (char*)received); return; }
     if (max_of(bytes, result) > t->largest) { die("an array of %zu bytes is staged through %zu", max_of(bytes, result), t->largest); }
     char *second = t->staging + t->largest, *from = received != NULL ? second : t->staging, *to = (char*)(received != NULL ? received : sent);
-    copy_to_host(t->staging, sent, bytes, stream);
+    if (bytes > 0) { copy_to_host(t->staging, sent, bytes, stream); }
     start(t->staging, second);
     while (!mpi_transfer_done(t)) {}
-    copy_to_device(to + at, from + at, result, stream);
+    if (result > 0) { copy_to_device(to + at, from + at, result, stream); }
     stream_sync(stream);  // before the staging is written again
 }
 
@@ -146,12 +152,16 @@ static inline bool transfer_done(Transfer* t) {
     return true;
 }
 
+static inline void count_sent(Group* g, CommOperation counter, uint64_t bytes) {
+    if (counter != NOT_COUNTED) { g->bytes_sent[counter] += bytes; }
+}
+
 enum BitsOperation { BITS_MIN, BITS_MAX };
 
 static inline void start_all_reduce_bits(Transfer* t, uint32_t* bits, size_t n, BitsOperation op, CommOperation counter, Stream stream) {
     Group* g = t->group;
     if (g->transport == ALONE) { return; }
-    g->bytes_sent[counter] += 2 * n * sizeof(uint32_t) * ((uint64_t)g->size - 1) / (uint64_t)g->size;  // as a ring sends
+    count_sent(g, counter, 2 * n * sizeof(uint32_t) * ((uint64_t)g->size - 1) / (uint64_t)g->size);  // as a ring sends
 #ifdef NCCL_TRANSPORT
     if (g->transport == OVER_NCCL) { nccl_all_reduce_bits(g->nccl, bits, n, op == BITS_MIN ? ncclMin : ncclMax, stream); return; }
 #endif
@@ -176,7 +186,7 @@ static inline void start_all_reduce_max(Transfer* t, void* data, size_t n, CommO
 static inline void start_all_gather(Transfer* t, void* data, Parts parts, CommOperation counter, Stream stream) {
     Group* g = t->group;
     if (g->transport == ALONE) { return; }
-    if (counter != NOT_COUNTED) { g->bytes_sent[counter] += parts.bytes(g->rank) * ((uint64_t)g->size - 1); }
+    count_sent(g, counter, parts.bytes(g->rank) * ((uint64_t)g->size - 1));
 #ifdef NCCL_TRANSPORT
     if (g->transport == OVER_NCCL) {
         if (parts.cuts == NULL) { nccl_all_gather(g->nccl, data, parts.equal, g->rank, stream); }
@@ -188,12 +198,12 @@ static inline void start_all_gather(Transfer* t, void* data, Parts parts, CommOp
     size_t bytes = parts.begin(g->size);
     over_mpi(t, data, bytes, NULL, 0, bytes, stream, [=](char* all, char*) {
         if (parts.cuts == NULL) {
-            MPI_CHECK(MPI_Iallgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, all, transfer_lines(parts.equal), t->line, t->comm, &t->requests[0]));
+            MPI_CHECK(MPI_Iallgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, all, transfer_lines(t, parts.equal), t->line, t->comm, &t->requests[0]));
             return;
         }
         for (int r = 0; r < g->size; r++) {
-            t->counts[r] = transfer_lines(parts.bytes(r));
-            t->places[r] = transfer_lines(parts.begin(r));
+            t->counts[r] = transfer_lines(t, parts.bytes(r));
+            t->places[r] = transfer_lines(t, parts.begin(r));
         }
         MPI_CHECK(MPI_Iallgatherv(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, all, t->counts, t->places, t->line, t->comm, &t->requests[0]));
     });
@@ -206,7 +216,7 @@ static inline void start_all_gather(Transfer* t, void* data, Parts parts, CommOp
 static inline void start_all_to_all(Transfer* t, void* received, void* sent, size_t part_bytes, CommOperation counter, Stream stream) {
     Group* g = t->group;
     if (g->transport == ALONE) { return; }
-    g->bytes_sent[counter] += part_bytes * ((uint64_t)g->size - 1);
+    count_sent(g, counter, part_bytes * ((uint64_t)g->size - 1));
 #ifdef NCCL_TRANSPORT
     if (g->transport == OVER_NCCL) {
         auto at = [=](int r) { return (size_t)r * part_bytes; };
@@ -218,7 +228,7 @@ static inline void start_all_to_all(Transfer* t, void* received, void* sent, siz
 #ifdef USE_MPI
     size_t bytes = part_bytes * (size_t)g->size;
     over_mpi(t, sent, bytes, received, 0, bytes, stream, [=](char* from, char* to) {
-        int lines = transfer_lines(part_bytes);
+        int lines = transfer_lines(t, part_bytes);
         MPI_CHECK(MPI_Ialltoall(from, lines, t->line, to, lines, t->line, t->comm, &t->requests[0]));
     });
 #else
@@ -240,7 +250,7 @@ static inline void start_regroup(Transfer* t, void* received, void* sent, size_t
     int me = g->rank;
     auto sent_at = [=](int r) { return bytes(me, r) > 0 ? begin(me, r) - (size_t)me * chunk : 0; };
     auto received_at = [=](int r) { return bytes(r, me) > 0 ? begin(r, me) - parts.begin(me) : 0; };
-    for (int r = 0; r < g->size; r++) { g->bytes_sent[counter] += r != me ? bytes(me, r) : 0; }
+    for (int r = 0; r < g->size; r++) { count_sent(g, counter, r != me ? bytes(me, r) : 0); }
 #ifdef NCCL_TRANSPORT
     if (g->transport == OVER_NCCL) {
         nccl_exchange(g->nccl, received, sent, sent_at, [=](int r) { return bytes(me, r); }, received_at, [=](int r) { return bytes(r, me); }, g->size, stream);
@@ -251,10 +261,10 @@ static inline void start_regroup(Transfer* t, void* received, void* sent, size_t
     over_mpi(t, sent, chunk, received, 0, parts.bytes(me), stream, [=](char* from, char* to) {
         int *out = t->counts, *in = t->counts + g->size, *out_at = t->places, *in_at = t->places + g->size;
         for (int r = 0; r < g->size; r++) {
-            out[r] = transfer_lines(bytes(me, r));
-            out_at[r] = transfer_lines(sent_at(r));
-            in[r] = transfer_lines(bytes(r, me));
-            in_at[r] = transfer_lines(received_at(r));
+            out[r] = transfer_lines(t, bytes(me, r));
+            out_at[r] = transfer_lines(t, sent_at(r));
+            in[r] = transfer_lines(t, bytes(r, me));
+            in_at[r] = transfer_lines(t, received_at(r));
         }
         MPI_CHECK(MPI_Ialltoallv(from, out, out_at, t->line, to, in, in_at, t->line, t->comm, &t->requests[0]));
     });
@@ -268,7 +278,7 @@ static inline void start_regroup(Transfer* t, void* received, void* sent, size_t
 static inline void start_ring_sum(Transfer* t, void* data, void* received, Parts parts, DType type, CommOperation counter, Stream stream) {
     Group* g = t->group;
     if (g->transport == ALONE) { return; }
-    g->bytes_sent[counter] += parts.begin(g->size) - parts.bytes(g->rank);
+    count_sent(g, counter, parts.begin(g->size) - parts.bytes(g->rank));
 #ifdef NCCL_TRANSPORT
     if (g->transport == OVER_NCCL) {
         if (parts.cuts == NULL) { nccl_reduce_scatter(g->nccl, data, parts.equal / (size_t)dtype_bytes(type), type, g->rank, stream); }
@@ -288,5 +298,29 @@ static inline void start_ring_sum(Transfer* t, void* data, void* received, Parts
     });
 #else
     (void)data, (void)received, (void)stream, (void)type;
+#endif
+}
+
+// received: what rank `from` sends us (-1: nobody); sent: what rank `to` gets (-1: nobody). Done when both are; neither waits for the other.
+static inline void start_passing_on(Transfer* t, void* received, int from, void* sent, int to, size_t bytes, CommOperation counter, Stream stream) {
+    Group* g = t->group;
+    if (g->transport == ALONE || (from < 0 && to < 0)) { return; }
+    if (to >= 0) { count_sent(g, counter, bytes); }
+#ifdef NCCL_TRANSPORT
+    if (g->transport == OVER_NCCL) {
+        auto at = [](int) { return (size_t)0; };
+        nccl_exchange(g->nccl, received, sent, at, [=](int r) { return r == to ? bytes : 0; }, at, [=](int r) { return r == from ? bytes : 0; }, g->size,
+            stream);
+        return;
+    }
+#endif
+#ifdef USE_MPI
+    over_mpi(t, sent, to >= 0 ? bytes : 0, received, 0, from >= 0 ? bytes : 0, stream, [=](char* out, char* in) {
+        int lines = transfer_lines(t, bytes);
+        if (from >= 0) { MPI_CHECK(MPI_Irecv(in, lines, t->line, from, TAG_PASSED_ON, t->comm, &t->requests[0])); }
+        if (to >= 0) { MPI_CHECK(MPI_Isend(out, lines, t->line, to, TAG_PASSED_ON, t->comm, &t->requests[1])); }
+    });
+#else
+    (void)received, (void)sent, (void)stream;
 #endif
 }

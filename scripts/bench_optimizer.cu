@@ -58,7 +58,7 @@ static BenchTensor* create(const BenchRow* row, int64_t rows, Stream s) {
     size_t n = param_elements(p);
     float* values = (float*)host_alloc(n * sizeof(float));
     param_initialise(values, p, 1);
-    optimizer_set_master(p, values, s);
+    optimizer_set_master(p, values, NULL, s);
     optimizer_cast_weights(&t->optimizer, &t->table, s);
     float* device = (float*)device_alloc(n * sizeof(float));
     p->init_std = 1.0f;

@@ -75,7 +75,7 @@ struct Experiment {
     e4m3 *payload, *reduced;  // (ranks, elements), (elements)
 };
 
-static Group* processes(const Experiment* x) { return &x->run->group; }
+static Group* processes(const Experiment* x) { return &x->run->topology.data; }
 static bool owns(const Experiment* x, int block) { return block % processes(x)->size == processes(x)->rank; }
 static double* figures_of(const Experiment* x, int count, int block, int mode) {
     return x->rows + (((size_t)count * x->blocks + block) * ALL_MODES + mode) * FIGURES;
@@ -161,7 +161,7 @@ static void open_real(Experiment* x) {
         RealMode* y = &x->modes[mode];
         y->memory = Memory{};
         matrices_of(&y->table, &x->run->model);
-        reduction_plan(&y->reduction, processes(x), &y->table, config_of(mode));
+        reduction_plan(&y->reduction, processes(x), NULL, &y->table, config_of(mode));
         reduction_allocate(&y->reduction, &y->memory);
         memory_commit(&y->memory);
         reduction_allocate(&y->reduction, &y->memory);
@@ -178,6 +178,7 @@ static void measure_real(Experiment* x, bool probe) {
     for (int mode = 0; mode < MODES; mode++) {
         if (mode != AUTO && !probe) { continue; }
         Reduction* r = &x->modes[mode].reduction;
+        reduction_begin(r, true, true, r->stream);
         for (int l = 0; l < x->blocks; l++) {
             const Bucket* b = &r->partition.buckets[l];
             memcpy(b->memory, x->mine + (size_t)l * x->block_elements, x->block_elements * sizeof(float));
@@ -217,7 +218,7 @@ static void open_virtual(Experiment* x) {
         VirtualRanks* v = &x->virtual_ranks[c];
         *v = VirtualRanks{};
         v->group.size = x->ranks[c];
-        reduction_plan(&v->plan, &v->group, &x->table, config_of(AUTO));
+        reduction_plan(&v->plan, &v->group, NULL, &x->table, config_of(AUTO));
         v->mu = (float*)host_alloc((size_t)params * sizeof(float));
         for (int i = 0; i < params; i++) { v->mu[i] = first_mu(SCALING_AUTO, x->ranks[c]); }
         elements = max_of(elements, v->plan.partition.buckets[0].elements);
@@ -389,11 +390,11 @@ static void open_experiment(Experiment* x, Run* r) {
     x->blocks = c->layers;
     x->block_params = x->table.count / c->layers;
     for (int i = 0; i < x->block_params; i++) { x->block_elements += round_up(param_elements(&x->table.items[i]), PARAM_ALIGNMENT); }
-    x->batch = r->micro_batches * r->group.size;
+    x->batch = r->micro_batches * r->topology.data.size;
     size_t all = (size_t)x->blocks * x->block_elements * sizeof(float);
     x->mine = (float*)device_alloc(all);
     memset(x->mine, 0, all);  // the gaps between tensors
-    x->gathered = (float*)device_alloc(all * (size_t)r->group.size);
+    x->gathered = (float*)device_alloc(all * (size_t)r->topology.data.size);
     x->exact = (double*)host_alloc(x->block_elements * sizeof(double));
     x->rows = (double*)host_alloc((size_t)x->counts * (size_t)x->blocks * ALL_MODES * FIGURES * sizeof(double));
     x->tops = (double*)host_alloc((size_t)x->table.count * sizeof(double));
@@ -423,8 +424,11 @@ static void gradients_of_step(Experiment* x, float* sums, float weight) {
     double loss = 0.0;
     memset(sums, 0, m->params.elements * sizeof(float));
     for (int k = 0; k < r->micro_batches; k++) {
-        loader_next(&r->train, r->batch.tokens, r->batch.targets);
-        micro_step(m, &r->batch, 0, false, weight);
+        HostBatch* batch = &r->batches[0];
+        loader_next(&r->train, batch->tokens, batch->targets);
+        step_begin(m);
+        micro_forward(m, batch, 0);
+        micro_backward(m, batch, 0, false, weight);
         loss += *m->loss_total;
         for (int i = 0; i < m->params.count; i++) {
             const Param* p = &m->params.items[i];
@@ -454,16 +458,18 @@ static void train_and_probe(Experiment* x, FILE* csv, int64_t probe_every) {
     for (int64_t step = 0; step < r->steps; step++) {
         double start = wall_seconds(), lr = learning_rate(a->schedule, a->lr, a->min_lr_frac, r->warmup, step, r->steps);
         bool last = step == r->steps - 1, probe = step % probe_every == 0 || last;
-        memset(r->group.bytes_sent, 0, sizeof(r->group.bytes_sent));
+        topology_forget_sent(&r->topology);
         gradients_of_step(x, sums, weight);
         memset(x->rows, 0, (size_t)x->counts * (size_t)x->blocks * ALL_MODES * FIGURES * sizeof(double));
         if (x->real) { measure_real(x, probe); } else { measure_virtual(x, probe, last); }
         if (probe) { write_rows(x, csv, step, last); }
         settings.rates = AdamRates{(float)lr, (float)a->beta1, (float)a->beta2, (float)a->eps, 0.0f};
-        finish_step(m, &r->group, &settings, weight);
+        finish_step(m, &settings, weight);
         StepRecord record = read_record(m);
         if (record.skipped != NOT_SKIPPED) { die("step %" PRId64 " was skipped: %s", step + 1, skip_names[record.skipped]); }
-        show_step(r, step, &record, lr, wall_seconds() - start, r->group.bytes_sent);
+        uint64_t sent[COMM_OPERATIONS];
+        topology_sent(sent, &r->topology);
+        show_step(r, step, &record, lr, wall_seconds() - start, sent);
     }
     device_free(sums);
 }
@@ -499,12 +505,12 @@ int main(int argc, char** argv) {
     if (!c->fp8 || c->bf16_layers.first + c->bf16_layers.last > 0 || c->accum != FP32 || c->wire != FP32) {
         bad_input("all modes must see the same gradients, in FP32: give --recipe fp8 --grad-dtype fp32 --grad-accum-dtype fp32");
     }
-    int batch = run.micro_batches * run.group.size;
-    if (x.real && (x.counts != 1 || x.ranks[0] != run.group.size)) { bad_input("ranks: %s, but there are %d processes", argv[4], run.group.size); }
+    int batch = run.micro_batches * run.topology.data.size;
+    if (x.real && (x.counts != 1 || x.ranks[0] != run.topology.data.size)) { bad_input("ranks: %s, but there are %d processes", argv[4], run.topology.data.size); }
     if (!x.real && x.ranks[x.counts - 1] > batch) { bad_input("ranks: %s, but a step has only %d micro-batches", argv[4], batch); }
     open_experiment(&x, &run);
     FILE* csv = NULL;
-    if (run.group.rank == 0 && (csv = fopen(argv[2], "w")) == NULL) { die("cannot write '%s': %s", argv[2], strerror(errno)); }
+    if (run.topology.data.rank == 0 && (csv = fopen(argv[2], "w")) == NULL) { die("cannot write '%s': %s", argv[2], strerror(errno)); }
     train_and_probe(&x, csv, probe_every);
     if (csv != NULL && fclose(csv) != 0) { die("cannot write '%s': %s", argv[2], strerror(errno)); }
     teardown(&run);

@@ -575,7 +575,7 @@ static void memory_is_as_documented(void**) {
         Memory m = {};
         Optimizer o = {};
         optimizer_allocate(&o, table, masters, &m);
-        size_t want = rounded(sizeof(OptimizerState)) + (masters ? 2 : 3) * rounded(table->elements * 4) + 4 * 256;
+        size_t want = rounded(sizeof(OptimizerState)) + (masters ? 2 : 3) * rounded(table->elements * 4) + 6 * 256;
         assert_int_equal(m.bytes[OPTIMIZER], want);
         assert_int_equal(memory_total(&m), want + 256);  // sums of pieces
         delete table;
@@ -806,7 +806,7 @@ struct Narrow {
     }
     void set_masters(const std::vector<std::vector<float>>& x) {
         for (size_t i = 0; i < want.size(); i++) {
-            optimizer_set_master(&table->items[i], x[i].data(), NULL);
+            optimizer_set_master(&table->items[i], x[i].data(), NULL, NULL);
             ModelState& s = want[i].states[0];
             s.reset(f.master, f.by_block, want[i].spec.size);
             s.write(x[i], false, RandomKey{}, 0);
@@ -1319,7 +1319,7 @@ static void memory_of_narrow_states_is_as_documented(void**) {
                 o.config.by_block = by_block;
                 optimizer_allocate(&o, table, masters, &m);
                 const size_t scales = by_block ? 1536 : 256, in_16_bits = 327936, in_8_bits = 164096;  // each a multiple of 256
-                size_t want = round_up(sizeof(OptimizerState), (size_t)256) + 4 * 256 + in_8_bits + (v == FP16 ? in_16_bits : in_8_bits) + 2 * scales;
+                size_t want = round_up(sizeof(OptimizerState), (size_t)256) + 6 * 256 + in_8_bits + (v == FP16 ? in_16_bits : in_8_bits) + 2 * scales;
                 want += masters ? 0 : in_16_bits + scales;
                 assert_int_equal(m.bytes[OPTIMIZER], want);
                 assert_int_equal(memory_total(&m), want + 512);  // sums of pieces

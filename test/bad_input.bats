@@ -162,7 +162,7 @@ EOT
 --grad-dtype fp32 --grad-accum-dtype bf16 | --grad-accum-dtype bf16*narrower than --grad-dtype fp32*
 --recipe fp8-lm --grad-dtype bf16 --grad-accum-dtype e4m3 | --grad-accum-dtype e4m3*narrower than --grad-dtype bf16*
 --recipe bf16 --grad-accum-rounding nearest | --grad-accum-rounding*fp32*
---log-tensors | --log-tensors*1 rank*
+--log-tensors | --log-tensors*1 replica*
 --recipe bf16 --opt-block 128 | --opt-block 128*fp32 or bf16*no scales*
 --opt-block 128 --master-dtype bf16 --m-dtype bf16 --v-dtype fp32 | --opt-block 128*fp32 or bf16*no scales*
 --recipe bf16 --master-rounding stochastic | --master-rounding*fp32*--master-dtype*
@@ -377,8 +377,8 @@ EOT
 --world 4 | --world*--plan*
 --gpu h100 | --gpu*--plan*
 --no-plan --gpu none | --gpu*--plan*
---tp 2 | --tp: 2 needs tensor parallelism*--plan*1 is allowed*
---pp 2 | --pp: 2 needs pipeline parallelism*--plan*1 is allowed*
+--tp 2 | --tp 2 × --pp 1 need a multiple of 2 ranks, and there is 1; start as many with mpirun -np
+--pp 2 | --tp 1 × --pp 2 need a multiple of 2 ranks, and there is 1; start as many with mpirun -np
 --tp 0 | --tp: '0' is out of range; allowed: 1 to 1024*
 --plan --gpu h300 | --gpu: 'h300' is not known; allowed: h100, h200, b200, a100, l40s, none*
 --plan --world 0 | --world: '0' is out of range; allowed: 1 to 16384*

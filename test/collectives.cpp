@@ -1,6 +1,7 @@
-// collectives.cpp: sums against an independent sum in the order of the ranks, byte for byte, on 1 to 8 ranks; and how runs end when a
-// rank fails.
+// collectives.cpp: sums against an independent sum in the order of the ranks, byte for byte, on 1 to 8 ranks and on groups within them; and
+// how runs end when a rank fails.
 #include "launch.h"
+#include <initializer_list>
 
 // ---- what the ranks check ----
 
@@ -13,9 +14,13 @@ static float value(int rank, size_t i, uint32_t salt) {
     return ((x >> 32) & 1 ? -f : f) * exp2_int((int)((x >> 33) % 17) - 8);
 }
 
-static float* on_device(const float* host, size_t n) {
-    float* d = (float*)device_alloc(n * sizeof(float));
-    copy_to_device(d, host, n * sizeof(float), NULL);
+// The same as a double, all of whose bits count
+static float value_of(const float*, int rank, size_t i, uint32_t salt) { return value(rank, i, salt); }
+static double value_of(const double*, int rank, size_t i, uint32_t salt) { return (double)value(rank, i, salt) * 0x1.123456789abcdp-3; }
+
+template <class T> static T* on_device(const T* host, size_t n) {
+    T* d = (T*)device_alloc(n * sizeof(T));
+    copy_to_device(d, host, n * sizeof(T), NULL);
     return d;
 }
 
@@ -43,39 +48,40 @@ static bool same_on_all_ranks(const void* data, size_t bytes) {
     return true;
 }
 
-
-static void check_sum(Group* g, size_t n, uint32_t salt) {
+// `ranks`: of the group's ranks in the world; NULL: the same
+template <class T> static void check_sum(Group* g, size_t n, uint32_t salt, const int* ranks = NULL) {
     const int R = g->size;
-    float* host = (float*)host_alloc(n * 4);
-    float* sum = (float*)host_alloc(n * 4);
+    auto value_at = [=](int r, size_t i) { return value_of((const T*)NULL, ranks != NULL ? ranks[r] : r, i, salt); };
+    T* host = (T*)host_alloc(n * sizeof(T));
+    T* sum = (T*)host_alloc(n * sizeof(T));
     bool order_shows = false;
     for (size_t i = 0; i < n; i++) {
-        host[i] = value(g->rank, i, salt);
-        float up = value(0, i, salt), down = value(R - 1, i, salt);
-        for (int r = 1; r < R; r++) { up += value(r, i, salt), down += value(R - 1 - r, i, salt); }
+        host[i] = value_at(g->rank, i);
+        T up = value_at(0, i), down = value_at(R - 1, i);
+        for (int r = 1; r < R; r++) { up += value_at(r, i), down += value_at(R - 1 - r, i); }
         sum[i] = up;
         order_shows = order_shows || up != down;
     }
     CHECK(R < 3 || n < 1000 || order_shows, "n = %zu", n);
-    float* data = on_device(host, n);
+    T* data = on_device(host, n);
     uint64_t before = g->bytes_sent[ALL_REDUCE_SUM];
     all_reduce_sum(g, data, n, NULL);
     uint64_t sent = g->bytes_sent[ALL_REDUCE_SUM] - before;
-    copy_to_host(host, data, n * 4, NULL);
+    copy_to_host(host, data, n * sizeof(T), NULL);
     if (g->transport == OVER_NCCL) {  // which adds in an order of its own
         for (size_t i = 0; i < n; i++) {
-            float size = 0.0f;
-            for (int r = 0; r < R; r++) { size += fabsf(value(r, i, salt)); }
-            float allowed = 2.0f * (float)R * 0x1p-24f * size;
-            CHECK(fabsf(host[i] - sum[i]) <= allowed, "n = %zu, i = %zu: %g, not %g", n, i, (double)host[i], (double)sum[i]);
+            double size = 0.0;
+            for (int r = 0; r < R; r++) { size += fabs((double)value_at(r, i)); }
+            double allowed = 2.0 * R * (sizeof(T) == 4 ? 0x1p-24 : 0x1p-53) * size;
+            CHECK(fabs((double)host[i] - (double)sum[i]) <= allowed, "n = %zu, i = %zu: %g, not %g", n, i, (double)host[i], (double)sum[i]);
         }
     } else {
         for (size_t i = 0; i < n; i++) {
-            CHECK(float_to_bits(host[i]) == float_to_bits(sum[i]), "n = %zu, i = %zu: %a, not %a", n, i, (double)host[i], (double)sum[i]);
+            CHECK(memcmp(&host[i], &sum[i], sizeof(T)) == 0, "n = %zu, i = %zu: %a, not %a", n, i, (double)host[i], (double)sum[i]);
         }
-        CHECK(sent == 4 * n * (uint64_t)(R - 1), "n = %zu: %" PRIu64 " bytes", n, sent);
+        CHECK(sent == sizeof(T) * n * (uint64_t)(R - 1), "n = %zu: %" PRIu64 " bytes", n, sent);
     }
-    CHECK(same_on_all_ranks(host, n * 4), "n = %zu", n);
+    CHECK(ranks != NULL || same_on_all_ranks(host, n * sizeof(T)), "n = %zu", n);
     device_free(data);
     free(host);
     free(sum);
@@ -84,12 +90,53 @@ static void check_sum(Group* g, size_t n, uint32_t salt) {
 static void check_sums(Group* g) {
     const size_t R = (size_t)g->size, once = COMM_GATHER_BYTES / sizeof(float);  // that many go at a time
     const size_t sizes[] = {0, 1, R - 1, R, R + 1, 17, once - 1, once, once + 1, 3 * once + 5, 50000};
-    for (size_t n : sizes) { check_sum(g, n, (uint32_t)n); }
+    for (size_t n : sizes) {
+        check_sum<float>(g, n, (uint32_t)n);
+        check_sum<double>(g, n, (uint32_t)n);
+    }
     // one after the other with no barrier, each rank at its own pace
     for (uint32_t i = 0; i < 12; i++) {
         usleep((unsigned)(hash_of(&i, 4) * (uint64_t)(g->rank + 3) % 3000));
-        check_sum(g, hash_of(&i, 4) % 20000, i);
+        check_sum<float>(g, hash_of(&i, 4) % 20000, i);
     }
+}
+
+// Groups within the group: by every number of colors, in the group's order and against it
+static void check_split(Group* g) {
+    for (int colors = 1; colors <= g->size + 1; colors++) {
+        for (bool reversed : {false, true}) {
+            Group part = group_split(g, g->rank % colors, reversed ? -g->rank : g->rank + 3);
+            int ranks[8], n = 0;
+            for (int r = 0; r < g->size; r++) {
+                if (r % colors == g->rank % colors) { ranks[n++] = r; }
+            }
+            for (int k = 0; reversed && k < n / 2; k++) { int r = ranks[k]; ranks[k] = ranks[n - 1 - k]; ranks[n - 1 - k] = r; }
+            CHECK(part.size == n, "%d ranks of %d in %d colors", part.size, g->size, colors);
+            CHECK(ranks[part.rank] == g->rank, "rank %d of %d in %d colors", part.rank, g->size, colors);
+            CHECK(part.transport == (n == 1 ? ALONE : g->transport) && part.ranks_per_device == g->ranks_per_device);
+            for (int i = 0; i < COMM_OPERATIONS; i++) { CHECK(part.bytes_sent[i] == 0); }
+            check_sum<float>(&part, 1500, (uint32_t)colors, ranks);
+            check_sum<double>(&part, 1500, (uint32_t)colors, ranks);
+            int all[8];
+            host_all_gather(&part, all, &g->rank, sizeof(int));
+            CHECK(memcmp(all, ranks, (size_t)n * sizeof(int)) == 0);
+            double norm = 1.0;
+            host_all_reduce_sum(&part, &norm, 1);
+            CHECK(norm == n);
+            Group half = group_split(&part, part.rank % 2, 0);  // and once more
+            CHECK(half.size == (part.rank % 2 == 0 ? (n + 1) / 2 : n / 2), "%d of %d", half.size, n);
+            barrier(&half);
+            group_free(&half);
+            group_free(&part);
+            CHECK(part.size == 0);
+        }
+    }
+    uint64_t sent = g->bytes_sent[ALL_REDUCE_SUM];
+    Group again = group_share(g);
+    check_sum<float>(&again, 100, 3);
+    CHECK(g->bytes_sent[ALL_REDUCE_SUM] == sent && (again.bytes_sent[ALL_REDUCE_SUM] > 0) == (g->size > 1));
+    group_free(&again);
+    check_sum<float>(g, 100, 3);  // it is still there
 }
 
 // inf - inf and NaN reach all ranks, and only the elements that they are in
@@ -209,8 +256,9 @@ static void check_staged(Group* g) {
     if (g->size == 1 || g->size > 3) { return; }
     g->transport = OVER_MPI_STAGED;
     g->staging = host_alloc(COMM_STAGING_BYTES);
-    check_sum(g, 1000, 5);
-    check_sum(g, COMM_STAGING_BYTES / 4 + 12345, 5);
+    check_sum<float>(g, 1000, 5);
+    check_sum<float>(g, COMM_STAGING_BYTES / 4 + 12345, 5);
+    check_sum<double>(g, COMM_STAGING_BYTES / 8 + 12345, 5);
     check_max(g);
     check_broadcast(g);
     char text[128];
@@ -252,6 +300,7 @@ static int run_rank(const char* mode, const char* argument, int argc, char** arg
     CHECK((R == 1) == (strcmp(text, "one process") == 0) && strlen(text) > 4 && strchr(text, '\n') == NULL, "%s", text);
     for (int i = 0; i < COMM_OPERATIONS; i++) { CHECK(group.bytes_sent[i] == 0); }
     check_sums(&group);
+    check_split(&group);
     check_nonfinite_sum(&group);
     check_max(&group);
     check_broadcast(&group);

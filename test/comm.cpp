@@ -1,5 +1,5 @@
-// comm.cpp: the reduction of gradients against a scalar model, bit for bit, on 1 to 8 ranks, with and without ZeRO; headroom, overlap, bytes; the return of
-// weights; ranks that were started with different flags, and each rank's share of the cores.
+// comm.cpp: the reduction of gradients against a scalar model, bit for bit, on 1 to 8 ranks, with and without ZeRO; partial gradients and counts among the
+// ranks of a layer; headroom, overlap, bytes; the return of weights; ranks that were started with different flags, and each rank's share of the cores.
 //
 // Every rank can say what any rank's gradients are, so each computes the result by itself: from tables of the formats' values and searches in them, in
 // the order of operations that comm.cuh and gradient.cuh promise, and with none of their functions.
@@ -141,8 +141,8 @@ struct Place {
 static size_t padded(const Param* p) { return ((size_t)(p->rows * p->cols) + 127) / 128 * 128; }
 
 static bool travel_together(const Param* p, const Param* q) {
-    bool vectors = p->format_class == VECTOR && q->format_class == VECTOR, neither = p->format_class != VECTOR && q->format_class != VECTOR;
-    return (vectors || (neither && p->layer == q->layer)) && p->accum == q->accum && p->wire == q->wire;
+    bool same_place = p->format_class == VECTOR ? p->partial == q->partial : p->layer == q->layer;
+    return p->format_class == q->format_class && same_place && p->accum == q->accum && p->wire == q->wire;
 }
 
 // Owners by the paper: the longest tensor that is left goes to the rank that has least
@@ -285,12 +285,22 @@ static float clean_input(int step, int t, int rank, int ranks, size_t n, size_t 
     return input(kinds[(t + step) % 7], step, t, rank, ranks, n, i);
 }
 
+// This rank's number among those of its layer, whose tensors differ
+static int shard = 0;
+static float sharded_input(int step, int t, int rank, int ranks, size_t n, size_t i) { return clean_input(step + 7 * 16 * shard + shard, t, rank, ranks, n, i); }
+// What number `of` of `shards` ranks of a layer has of a gradient of which each has a part. Sums over all are exact, but of two: 2^24 + 1 is 2^24, so that it
+// makes a difference whether ranks of a layer or replicas add first
+static float partial_input(int step, int t, int rank, int of, int shards, size_t i) {
+    if (shards == 2 && i % 50 == 7) { return of == 1 ? 1.0f : rank % 2 == 0 ? 0x1p24f : -0x1p24f; }
+    return (float)((int)(mix64((uint64_t)t << 56 ^ (uint64_t)step << 40 ^ (uint64_t)(8 * rank + of) << 32 ^ (uint64_t)i) % 2001) - 1000);
+}
+
 static bool same_float(float a, float b) { return memcmp(&a, &b, 4) == 0 || (isnan(a) && isnan(b)); }
 
 constexpr size_t MODELLED = 100000;  // elements: longer tensors are compared over the ranks alone
 
 struct Trial {
-    Group* g;
+    Group *g, *tensor;
     ParamTable* table;
     ReductionConfig config;
     InputOf input_of = mixed_input;
@@ -303,14 +313,14 @@ struct Trial {
     float* loss = NULL;
     std::vector<Place> places;
     std::vector<float> mu;         // the model's
-    int micro_batches = 1;         // reductions of a step, ZeRO 2
+    int micro_batches = 1;         // of a step; with ZeRO 2 as many reductions of matrices
     std::vector<Expected> expected;  // counts are of the whole step
     std::vector<std::vector<float>> expected_fp32;  // of what is kept in FP32
     StepRecord record = {};
 
-    Trial(Group* group, ParamTable* params, ReductionConfig c) : g(group), table(params), config(c) {
-        reduction_plan(&r, g, table, config);
-        optimizer.group = g;
+    Trial(Group* group, ParamTable* params, ReductionConfig c, Group* of_layer = NULL) : g(group), tensor(of_layer), table(params), config(c) {
+        reduction_plan(&r, g, tensor, table, config);
+        optimizer.data = g;
         optimizer.partitioned = level() > 0;
         for (int run = 0; run < 2; run++) {
             partition_allocate_weights(&r.partition, &memory);
@@ -338,16 +348,20 @@ struct Trial {
     }
 
     int level() const { return g->size > 1 ? config.zero.level : 0; }
-    bool in_fp32() const { return level() == 2 || (level() == 1 && config.algorithm == REDUCE_DIRECT); }
+    bool in_fp32(const Param* p) const { return takes_turns(p) || (level() > 0 && config.algorithm == REDUCE_DIRECT); }
+    bool takes_turns(const Param* p) const { return level() == 2 && p->format_class == MATRIX; }  // and is reduced after every micro-batch
+    int shards() const { return tensor != NULL ? tensor->size : 1; }
 
     // Every tensor is in one bucket, with its own kind, where the model expects it
     void check_plan() const {
         std::vector<int> seen((size_t)table->count);
-        int of_vectors = 0;
+        int of_vectors[2] = {}, of_table[2] = {};
+        for (int t = 0; t < table->count; t++) { of_table[table->items[t].partial] |= table->items[t].format_class == VECTOR; }
         for (int k = 0; k < r.partition.bucket_count; k++) {
             const Bucket* b = &r.partition.buckets[k];
             size_t end = 0;
-            of_vectors += b->layer == ALL_LAYERS;
+            of_vectors[b->partial] += b->layer == ALL_LAYERS;
+            CHECK((b->owned != NULL) == takes_turns(&table->items[r.partition.tensors[b->first].param]), "bucket %d", k);
             CHECK(b->count > 0 && !b->started && b->elements % (128 * (size_t)g->size) == 0, "bucket %d", k);
             for (int i = 0; i < b->count; i++) {
                 const BucketTensor* t = &r.partition.tensors[b->first + i];
@@ -358,24 +372,48 @@ struct Trial {
                 CHECK(p->owner == places[(size_t)t->param].owner, "%s", p->name);
                 CHECK(p->accum == b->accum && p->wire == b->wire, "%s", p->name);
                 CHECK(b->layer == (p->format_class == VECTOR ? ALL_LAYERS : p->layer), "%s", p->name);
-                CHECK(p->grad_dtype == (in_fp32() ? FP32 : g->size > 1 ? p->wire : p->accum), "%s", p->name);
+                CHECK(p->grad_dtype == (in_fp32(p) ? FP32 : g->size > 1 ? p->wire : p->accum), "%s", p->name);
+                CHECK(p->partial == b->partial, "%s", p->name);
                 CHECK((char*)p->accumulator == b->memory + t->first * (size_t)dtype_bytes(p->accum), "%s", p->name);
                 if (level() == 0) { CHECK((char*)p->grad == b->memory + t->first * (size_t)dtype_bytes(p->grad_dtype), "%s", p->name); }
                 end = t->first + param_elements(p);
             }
             CHECK(end <= b->elements, "bucket %d", k);
         }
-        CHECK(of_vectors == 1, "%d", of_vectors);
+        for (int i = 0; i < 2; i++) { CHECK(of_vectors[i] == of_table[i], "%d", of_vectors[i]); }
         for (int i = 0; i < table->count; i++) { CHECK(seen[(size_t)i] == 1, "%s", table->items[i].name); }
+        check_memory();
     }
 
-    std::vector<uint32_t> accumulated(int step, int t, int rank, float* descale) const {
+    // Of gradients: one accumulator a bucket, or this rank's part of its sums where that is more; with ZeRO 2, of the matrices, the part and two turns of the
+    // largest layer. And a few values a tensor.
+    void check_memory() const {
+        size_t want = 0, layers[16] = {}, got = memory.bytes[GRADIENTS];
+        for (int k = 0; k < r.partition.bucket_count; k++) {
+            const Bucket* b = &r.partition.buckets[k];
+            const Place& place = places[(size_t)r.partition.tensors[b->first].param];
+            size_t accumulator = place.elements * (size_t)dtype_bytes(b->accum), part = 4 * (place.owner >= 0 ? place.mine : place.part);
+            if (level() == 2 && b->matrices) {
+                layers[b->layer] += (accumulator + 255) / 256 * 256;
+                want += part;
+            } else {
+                want += in_fp32(&table->items[r.partition.tensors[b->first].param]) ? std::max(accumulator, part) : accumulator;
+            }
+        }
+        want += 2 * *std::max_element(layers, layers + 16);
+        CHECK(got >= want && got < want + 9000, "%s: %zu bytes of gradients, not %zu", name, got, want);
+    }
+
+    // `part`: where each rank of a layer has a part of it, this rank's, as it is before they add up
+    std::vector<uint32_t> accumulated(int step, int t, int rank, float* descale, bool part = false) const {
         const Param* p = &table->items[t];
         size_t n = param_elements(p);
         std::vector<float> values(n);
         float amax = 0.0f, scale = 1.0f;
         for (size_t i = 0; i < n; i++) {
-            values[i] = input_of(step, t, rank, g->size, n, i);
+            if (p->partial && part) { values[i] = partial_input(step, t, rank, shard, shards(), i); }
+            else if (p->partial) { for (int of = 0; of < shards(); of++) { values[i] += partial_input(step, t, rank, of, shards(), i); } }
+            else { values[i] = input_of(step, t, rank, g->size, n, i); }
             if (!isnan(values[i])) { amax = std::max(amax, fabsf(values[i])); }
         }
         if (p->accum == E4M3) {  // an accumulator that met an inf is NaN throughout; a NaN among others may also come out of a product
@@ -415,13 +453,13 @@ struct Trial {
         if (param_elements(p) > MODELLED) { return; }
         std::vector<unsigned char> got = from_device((const unsigned char*)p->grad, (end - begin) * bytes);
         for (size_t i = begin; i < end; i++) {
-            uint32_t code = 0, want = in_fp32() ? encoded(FP32, (double)expected_fp32[(size_t)t][i]) : e.codes[i];
+            uint32_t code = 0, want = in_fp32(p) ? encoded(FP32, (double)expected_fp32[(size_t)t][i]) : e.codes[i];
             memcpy(&code, &got[(i - begin) * bytes], bytes);
             bool same = code == want || (p->grad_dtype == FP32 && same_float(decoded(FP32, code), decoded(FP32, want)));
             CHECK(same, "%s, step %d, %s, element %zu: %x, not %x", name, steps_done, p->name, i, code, want);
         }
         std::vector<float> slot = from_device(p->grad_slot, 4);
-        float descale = in_fp32() ? 1.0f : e.descale, scale = in_fp32() ? 1.0f : e.scale;
+        float descale = in_fp32(p) ? 1.0f : e.descale, scale = in_fp32(p) ? 1.0f : e.scale;
         CHECK(same_float(slot[0], descale) && same_float(slot[1], scale), "%s, step %d, %s: {%a %a}, not {%a %a}", name, steps_done, p->name,
             (double)slot[0], (double)slot[1], (double)descale, (double)scale);
     }
@@ -439,17 +477,18 @@ struct Trial {
         for (uint64_t polls = mix64((uint64_t)(steps_done * 8 + g->rank)) % 4; polls > 0; polls--) { reduction_poll(&r); }
     }
 
-    // What one reduction makes of the inputs with number `at`, on top of those of the step before it
-    void expect(int at, bool first, std::vector<Inputs>* in) {
+    // What one reduction makes of the inputs with number `at`, on top of the reduction before it; of those that are reduced once, at the step's end, nothing
+    // comes before. (A real accumulator would then hold a sum over the micro-batches.)
+    void expect(int at, bool first_of_step, bool last, std::vector<Inputs>* in) {
         const int ranks = g->size;
         for (int t = 0; t < table->count; t++) {
             const Param* p = &table->items[t];
             Inputs& x = (*in)[(size_t)t];
-            bool modelled = param_elements(p) <= MODELLED;
+            bool modelled = param_elements(p) <= MODELLED, first = first_of_step || !takes_turns(p);
             for (int rank = 0; rank < ranks; rank++) {
                 if (modelled || rank == g->rank) { x.codes[rank] = accumulated(at, t, rank, &x.descale[rank]); }
             }
-            if (!modelled) { continue; }
+            if (!modelled || !(last || takes_turns(p))) { continue; }
             std::vector<float>& total = expected_fp32[(size_t)t];
             bool on_top = !first && config.algorithm == REDUCE_DIRECT && places[(size_t)t].owner < 0;  // the running sum comes first; else it is added to
             Expected e = model(p, x, places[(size_t)t], ranks, config.algorithm, mu[(size_t)t], on_top ? total : std::vector<float>());
@@ -469,16 +508,21 @@ struct Trial {
         }
     }
 
-    void micro_batch(int at, bool first) {
+    void micro_batch(int at, bool first, bool last) {
         const int n = table->count;
         std::vector<Inputs> in((size_t)n);
         int first_layer = 0, last_layer = 0;
-        expect(at, first, &in);
+        expect(at, first, last, &in);
         for (int t = 0; t < n; t++) {
             first_layer = std::min(first_layer, table->items[t].layer);
             last_layer = std::max(last_layer, table->items[t].layer);
         }
-        reduction_begin(&r, first, NULL);
+        reduction_begin(&r, first, last, NULL);
+        for (int t = 0; t < n; t++) {
+            const Param* p = &table->items[t];
+            CHECK(accumulates(&r, p) == (!first && !takes_turns(p)), "%s", p->name);
+            if (p->partial) { in[(size_t)t].codes[g->rank] = accumulated(at, t, g->rank, &in[(size_t)t].descale[g->rank], true); }
+        }
         // as a backward pass does: from the last layer to the first, then the vectors
         for (int layer = last_layer; layer >= first_layer; layer--) {
             reduction_clear_way(&r, layer, NULL);
@@ -495,7 +539,8 @@ struct Trial {
             CHECK(r.next == r.queued && r.queued > 0, "layer %d: %d of %d buckets", layer, r.next, r.queued);
             stream_sync(r.stream);
             for (int t = 0; t < n; t++) {
-                if (table->items[t].format_class != VECTOR && table->items[t].layer == layer) { check_gradient(t); }
+                bool here = table->items[t].format_class != VECTOR && table->items[t].layer == layer;
+                if (here && (last || takes_turns(&table->items[t]))) { check_gradient(t); }
             }
         }
         for (int t = 0; t < n; t++) {
@@ -506,6 +551,13 @@ struct Trial {
         CHECK(r.queued == 0 && r.next == 0 && r.phase == 0);
         for (int k = 0; k < r.partition.bucket_count; k++) { CHECK(!r.partition.buckets[k].started, "bucket %d", k); }
         for (uint32_t amax : from_device(r.amax, (size_t)n)) { CHECK(amax == 0); }
+        for (int t = 0; t < n && !last; t++) {  // what is still being added up is as it was
+            const Param* p = &table->items[t];
+            size_t bytes = (size_t)dtype_bytes(p->accum);
+            if (takes_turns(p)) { continue; }
+            std::vector<unsigned char> got = from_device((const unsigned char*)p->accumulator, param_elements(p) * bytes);
+            for (size_t i = 0; i < param_elements(p); i++) { CHECK(memcmp(&got[i * bytes], &in[(size_t)t].codes[g->rank][i], bytes) == 0, "%s, element %zu", p->name, i); }
+        }
     }
 
     void step() {
@@ -514,11 +566,11 @@ struct Trial {
         for (int t = 0; t < n; t++) { fp8 = fp8 || is_fp8(table->items[t].wire); }
         expected.assign((size_t)n, Expected{});
         expected_fp32.assign((size_t)n, std::vector<float>());
-        reduction_begin(&r, true, NULL);  // weights are on their way no more: what follows sends gradients alone
-        uint64_t sent[COMM_OPERATIONS];
+        reduction_begin(&r, true, true, NULL);  // weights are on their way no more: what follows sends gradients alone
+        uint64_t sent[COMM_OPERATIONS], sent_in_layer = tensor != NULL ? tensor->bytes_sent[TP_OTHER] : 0;
         memcpy(sent, g->bytes_sent, sizeof(sent));
-        for (int k = 0; k < micro_batches; k++) { micro_batch(at * micro_batches + k, k == 0); }
-        check_bytes(sent);
+        for (int k = 0; k < micro_batches; k++) { micro_batch(at * micro_batches + k, k == 0, k == micro_batches - 1); }
+        check_bytes(sent, tensor != NULL ? tensor->bytes_sent[TP_OTHER] - sent_in_layer : 0);
         for (int t = 0; t < n; t++) { check_gradient(t); }
         uint64_t sums_before = g->bytes_sent[ALL_REDUCE_SUM];
         reduction_count(&r, NULL);
@@ -533,13 +585,24 @@ struct Trial {
         bool broken = false;
         for (int t = 0; t < n; t++) {
             const Param* p = &table->items[t];
-            const Expected& e = expected[(size_t)t];
+            Expected e = expected[(size_t)t];
             float& m = mu[(size_t)t];
-            double elements = (double)param_elements(p) * micro_batches, all = elements * ranks;
+            double times = p->tp_axis == TP_WHOLE ? shards() : 1;  // as often is a tensor counted that all of a layer have
+            double elements = (double)param_elements(p) * (takes_turns(p) ? micro_batches : 1) * shards() / times, all = elements * ranks;
             if (param_elements(p) > MODELLED) { m = mus[(size_t)t]; continue; }
             broken = broken || isnan(e.scale);
-            CHECK(tops[(size_t)t] == (in_fp32() ? 0.0 : e.tops), "%s, step %d, %s: %g at the maximum, not %g", name, at, p->name, tops[(size_t)t], e.tops);
+            if (tensor != NULL) {  // counts and headroom belong to the whole tensor
+                double counts[] = {e.underflow, e.sent_tops, e.tops};
+                host_all_reduce_sum(tensor, counts, 3);
+                e.underflow = counts[0];
+                e.sent_tops = counts[1];
+                e.tops = config.algorithm == REDUCE_RING && fp8 ? counts[2] : e.tops;
+            }
+            CHECK(tops[(size_t)t] == (in_fp32(p) ? 0.0 : e.tops), "%s, step %d, %s: %g at the maximum, not %g", name, at, p->name, tops[(size_t)t], e.tops);
             if (!is_fp8(p->wire)) { continue; }
+            e.tops /= times;
+            e.underflow /= times;
+            e.sent_tops /= times;
             if (config.algorithm == REDUCE_RING && config.scaling == SCALING_AUTO && record.skipped == NOT_SKIPPED) {
                 m = e.tops > std::max(1.0, 1e-5 * elements) ? m * 0.5f : (float)((double)m * 1.0006933874625806);
                 m = std::min(1.0f, std::max(1.0f / (float)ranks, m));
@@ -555,6 +618,7 @@ struct Trial {
         check_norm();
         if (fp8) { check_same_everywhere(mus, statistics); }
         else { check_same_everywhere({}, {}); }
+        if (tensor != NULL) { check_same_in_layer(mus, statistics); }
         steps_done++;
     }
 
@@ -566,7 +630,7 @@ struct Trial {
             const Expected& e = expected[(size_t)t];
             if (param_elements(p) > MODELLED) { return; }
             for (size_t i = 0; i < param_elements(p); i++) {
-                double x = in_fp32() ? (double)expected_fp32[(size_t)t][i] : (double)decoded(p->wire, e.codes[i]) * (double)(is_fp8(p->wire) ? e.descale : 1.0f);
+                double x = in_fp32(p) ? (double)expected_fp32[(size_t)t][i] : (double)decoded(p->wire, e.codes[i]) * (double)(is_fp8(p->wire) ? e.descale : 1.0f);
                 squares += x * x;
             }
         }
@@ -590,6 +654,20 @@ struct Trial {
         for (int k = 0; k < g->size; k++) { CHECK(all[k] == h, "%s, step %d: rank %d holds other bytes", name, steps_done, k); }
     }
 
+    // The ranks of a layer have the same headroom and shares, and the same bytes of what they added up
+    void check_same_in_layer(const std::vector<float>& mus, const std::vector<TensorStatistics>& statistics) const {
+        uint64_t h = 1, all[8];
+        for (int t = 0; t < table->count; t++) {
+            const Param* p = &table->items[t];
+            if (p->partial) { h = hash_of(h, from_device((const unsigned char*)p->grad, p->own_count * 4).data(), p->own_count * 4); }
+            if (!is_fp8(p->wire)) { continue; }
+            h = hash_of(h, &mus[(size_t)t], 4);
+            h = hash_of(h, &statistics[(size_t)t], sizeof(TensorStatistics));
+        }
+        host_all_gather(tensor, all, &h, sizeof(h));
+        for (int k = 0; k < tensor->size; k++) { CHECK(all[k] == h, "%s, step %d: rank %d of the layer holds other bytes", name, steps_done, k); }
+    }
+
     // Of this rank's chunk of a bucket, what belongs to others: padding goes with the tensor before it
     uint64_t elements_of_others(const Bucket* b, size_t chunk) const {
         uint64_t n = 0;
@@ -602,27 +680,45 @@ struct Trial {
         return n;
     }
 
-    // What this step has sent
-    void check_bytes(const uint64_t* before) const {
+    // What a rank of a layer sends of partial gradients: its part goes to each of the others, and one sum less than there are parts
+    uint64_t partial_bytes() const {
+        uint64_t sent = 0;
+        for (int k = 0; k < r.partition.bucket_count && tensor != NULL; k++) {
+            const Param* p = &table->items[r.partition.tensors[r.partition.buckets[k].first].param];
+            uint64_t lines = places[(size_t)(p - table->items)].elements / 16, ranks = (uint64_t)tensor->size, me = (uint64_t)tensor->rank;
+            uint64_t mine = lines * (me + 1) / ranks - lines * me / ranks;
+            sent += p->partial ? 64 * (lines - mine + mine * (ranks - 1)) : 0;
+        }
+        return sent;
+    }
+
+    // What this step has sent to replicas, and in the layer
+    void check_bytes(const uint64_t* before, uint64_t in_layer) const {
+        uint64_t planned[COMM_OPERATIONS] = {};
+        reduction_traffic(planned, &r, micro_batches);
+        for (int op = 0; op < COMM_OPERATIONS; op++) {
+            uint64_t sent = g->bytes_sent[op] - before[op] + (op == TP_OTHER ? in_layer : 0);
+            CHECK(op == WEIGHTS_GATHER || sent == planned[op], "%s: %s: %" PRIu64 " bytes, not the planned %" PRIu64, name, comm_names[op], sent, planned[op]);
+        }
+        CHECK(in_layer == partial_bytes(), "%s: %" PRIu64 " bytes in the layer, not %" PRIu64, name, in_layer, partial_bytes());
         uint64_t want[COMM_OPERATIONS] = {}, peers = (uint64_t)g->size - 1, scales = 0;
         for (int k = 0; k < r.partition.bucket_count; k++) {
             const Bucket* b = &r.partition.buckets[k];
-            const Place& place = places[(size_t)r.partition.tensors[b->first].param];
-            uint64_t part = place.part * (uint64_t)dtype_bytes(b->wire);
-            bool vectors = table->items[r.partition.tensors[b->first].param].format_class == VECTOR, ring = config.algorithm == REDUCE_RING;
+            const Param* p = &table->items[r.partition.tensors[b->first].param];
+            const Place& place = places[(size_t)(p - table->items)];
+            uint64_t times = takes_turns(p) ? (uint64_t)micro_batches : 1, part = times * place.part * (uint64_t)dtype_bytes(b->wire);
+            bool vectors = p->format_class == VECTOR, ring = config.algorithm == REDUCE_RING;
             if (place.owner >= 0 && ring) {  // all parts but the own one
                 uint64_t padded_all = 0;
                 for (int i = 0; i < b->count; i++) { padded_all += padded(&table->items[r.partition.tensors[b->first + i].param]); }
-                want[REDUCE_SCATTER] += (padded_all - place.mine) * (uint64_t)dtype_bytes(b->wire);
+                want[REDUCE_SCATTER] += times * (padded_all - place.mine) * (uint64_t)dtype_bytes(b->wire);
             } else {
                 want[vectors ? VECTORS : ring ? REDUCE_SCATTER : ALL_TO_ALL] += peers * part;
             }
-            if (place.owner >= 0 && !ring) { want[REGROUP] += 4 * elements_of_others(b, place.part); }
+            if (place.owner >= 0 && !ring) { want[REGROUP] += 4 * times * elements_of_others(b, place.part); }
             if (level() == 0) { want[vectors ? VECTORS : ALL_GATHER] += peers * part; }
-            if (is_fp8(b->wire)) { scales += (8 + (config.algorithm == REDUCE_DIRECT ? 4 * peers : 0)) * (((uint64_t)b->count + 15) / 16 * 16); }
+            if (is_fp8(b->wire)) { scales += times * (8 + (config.algorithm == REDUCE_DIRECT ? 4 * peers : 0)) * (((uint64_t)b->count + 15) / 16 * 16); }
         }
-        for (uint64_t& w : want) { w *= (uint64_t)micro_batches; }
-        scales *= (uint64_t)micro_batches;
         for (int op = 0; op < COMM_OPERATIONS; op++) {
             uint64_t sent = g->bytes_sent[op] - before[op];
             if (op == SCALES) { CHECK(sent <= scales && (sent > 0) == (scales > 0), "%" PRIu64 " bytes of scales, at most %" PRIu64, sent, scales); }
@@ -680,7 +776,7 @@ static void check_weights(Trial* trial, int round) {
         stream_sync(NULL);
         check_layer(layer);
     }
-    reduction_begin(r, true, NULL);
+    reduction_begin(r, true, true, NULL);
     stream_sync(NULL);
     CHECK(!r->returning && r->queued == 0 && r->next == 0);
     for (int layer : {-1, (int)ALL_LAYERS, 0, 1, 2, 3}) { check_layer(layer); }
@@ -696,10 +792,10 @@ static void add_tensor(ParamTable* table, const char* name, int layer, int64_t n
     p->wire = format_class == VECTOR ? FP32 : wire;
 }
 
-// Lengths at and beside multiples of everything; a layer of one element, one with two formats, vectors in all layers
+// Lengths at and beside multiples of everything; a layer of one element, one with two formats, one with an embedding besides, vectors in all layers
 static ParamTable* awkward_table(DType accum, DType wire) {
     ParamTable* table = (ParamTable*)host_alloc(sizeof(ParamTable));
-    table->count = 0;
+    table->count = table->next_number = 0;
     table->elements = 0;
     add_tensor(table, "wte", -1, 10007, EMBEDDING, accum, wire);
     add_tensor(table, "wpe", -1, 7, EMBEDDING, accum, wire);
@@ -714,6 +810,20 @@ static ParamTable* awkward_table(DType accum, DType wire) {
     add_tensor(table, "h2.a", 2, 4096, MATRIX, accum, wire);
     add_tensor(table, "lnf", 3, 200, VECTOR, accum, wire);
     add_tensor(table, "head", 3, 1, MATRIX, accum, wire);
+    add_tensor(table, "lmhead", 3, 513, EMBEDDING, accum, wire);
+    return table;
+}
+
+// The same as a rank of a layer has it: of the gradients of some vectors each has a part
+static ParamTable* sharded_table(DType accum, DType wire, int ranks) {
+    ParamTable* table = awkward_table(accum, wire);
+    add_tensor(table, "h2.ln", 2, 600, VECTOR, accum, wire);
+    for (int i = 0; i < table->count; i++) {
+        Param* p = &table->items[i];
+        p->tp_axis = strcmp(p->name, "wpe") == 0 || p->format_class == VECTOR ? TP_WHOLE : TP_ROWS;
+        p->tp_ranks = ranks;
+    }
+    for (const char* name : {"h1.ln", "lnf", "h2.ln"}) { param_find(table, name)->partial = true; }
     return table;
 }
 
@@ -752,12 +862,12 @@ static void check_modes(Group* g, int steps) {
     });
 }
 
-// ZeRO 1 and 2, whole matrices and flat, the latter with one reduction a step and with three
+// ZeRO 1 and 2, whole matrices and flat, with one micro-batch and with several
 static void check_zero(Group* g, int steps) {
     each_mode([=](DType accum, DType wire, ReductionConfig config) {
         if (config.scaling != SCALING_AUTO) { return; }
         const struct { ZeroConfig zero; int micro_batches; } cases[] = {
-            {{1, SPLIT_FLAT}, 1}, {{1, SPLIT_TENSOR}, 1}, {{2, SPLIT_FLAT}, 1}, {{2, SPLIT_TENSOR}, 1}, {{2, SPLIT_FLAT}, 3}, {{2, SPLIT_TENSOR}, 3}};
+            {{1, SPLIT_FLAT}, 1}, {{1, SPLIT_TENSOR}, 2}, {{2, SPLIT_FLAT}, 1}, {{2, SPLIT_TENSOR}, 1}, {{2, SPLIT_FLAT}, 3}, {{2, SPLIT_TENSOR}, 3}};
         for (auto& c : cases) {
             char name[128];
             snprintf(name, sizeof(name), "%s, %s, %s, ZeRO %d %s, %d micro-batches", dtype_names[accum], dtype_names[wire],
@@ -787,7 +897,7 @@ static void check_one_matrix(Group* g) {
     for (int level : {1, 2}) {
         for (GradReduce algorithm : {REDUCE_RING, REDUCE_DIRECT}) {
             ParamTable* table = (ParamTable*)host_alloc(sizeof(ParamTable));
-            table->count = 0;
+            table->count = table->next_number = 0;
             table->elements = 0;
             add_tensor(table, "matrix", 0, 60001, MATRIX, BF16, E4M3);
             add_tensor(table, "vector", 0, 65, VECTOR, FP32, FP32);
@@ -836,6 +946,109 @@ static void check_alone(Group* g) {
     for (int op = 0; op < COMM_OPERATIONS; op++) { CHECK(g->bytes_sent[op] == 0, "%s", comm_names[op]); }
 }
 
+// ---- the ranks of a layer ----
+
+#ifdef USE_MPI
+
+// The ranks of g with the same `color`, in g's order
+static Group group_of(Group* g, int color, bool staged) {
+    Group part = {};
+    MPI_CHECK(MPI_Comm_split(g->comm, color, g->rank, &part.comm));
+    MPI_CHECK(MPI_Comm_set_errhandler(part.comm, MPI_ERRORS_RETURN));
+    MPI_CHECK(MPI_Comm_size(part.comm, &part.size));
+    MPI_CHECK(MPI_Comm_rank(part.comm, &part.rank));
+    if (part.size == 1) { MPI_CHECK(MPI_Comm_free(&part.comm)); return part; }  // as group_world has it
+    part.transport = g->transport == OVER_MPI && !staged ? OVER_MPI : OVER_MPI_STAGED;
+    part.gathered = host_alloc((size_t)part.size * COMM_GATHER_BYTES);
+    if (part.transport == OVER_MPI_STAGED) { part.staging = pinned_alloc(COMM_STAGING_BYTES); }
+    return part;
+}
+
+// One replica: nothing travels between replicas, and still a layer's ranks add up what is partial, at the step's end, and leave all else as it is
+static void check_one_replica(Group* data, Group* tensor) {
+    for (GradReduce algorithm : {REDUCE_RING, REDUCE_DIRECT}) {
+        ParamTable* table = sharded_table(BF16, E4M3, tensor->size);
+        {
+            Trial trial(data, table, ReductionConfig{SCALING_AUTO, algorithm, ZeroConfig{2, SPLIT_FLAT}}, tensor);
+            const Memory& m = trial.memory;
+            Reduction* r = &trial.r;
+            size_t lines = 64, largest = (lines + (size_t)tensor->size - 1) / (size_t)tensor->size * 64;  // 1, 200 and 600 elements, each padded to 128
+            CHECK(m.bytes[COMMUNICATION] == (tensor->transport == OVER_MPI ? (largest + 255) / 256 * 256 : 0), "%zu", m.bytes[COMMUNICATION]);
+            trial.micro_batches = 2;
+            for (int step = 0; step < 3; step++) {
+                uint64_t before = tensor->bytes_sent[TP_OTHER], planned[COMM_OPERATIONS] = {};
+                for (int k = 0; k < 2; k++) {
+                    reduction_begin(r, k == 0, k == 1, NULL);
+                    std::vector<std::vector<uint32_t>> written;
+                    for (int t = 0; t < table->count; t++) {
+                        float descale = 1.0f;
+                        CHECK(accumulates(r, &table->items[t]) == (k > 0), "%s", table->items[t].name);
+                        written.push_back(trial.accumulated(2 * step + k, t, 0, &descale, true));
+                        trial.write_accumulator(t, written.back(), descale);
+                    }
+                    for (int layer = 3; layer >= -1; layer--) { reduction_start(r, layer, NULL); }
+                    reduction_finish(r, NULL);
+                    stream_sync(NULL);
+                    for (int t = 0; t < table->count; t++) {
+                        const Param* p = &table->items[t];
+                        float descale = 1.0f;
+                        size_t bytes = (size_t)dtype_bytes(p->accum);
+                        CHECK(p->grad == p->accumulator && p->grad_dtype == p->accum, "%s", p->name);
+                        if (p->partial && k == 1) { written[(size_t)t] = trial.accumulated(2 * step + k, t, 0, &descale); }
+                        std::vector<unsigned char> got = from_device((const unsigned char*)p->grad, param_elements(p) * bytes);
+                        for (size_t i = 0; i < param_elements(p); i++) {
+                            CHECK(memcmp(&got[i * bytes], &written[(size_t)t][i], bytes) == 0, "%s, element %zu", p->name, i);
+                        }
+                    }
+                }
+                reduction_traffic(planned, r, 2);
+                uint64_t sent = tensor->bytes_sent[TP_OTHER] - before;
+                CHECK(sent == planned[TP_OTHER] && sent == trial.partial_bytes(), "%" PRIu64 " bytes, not %" PRIu64, sent, planned[TP_OTHER]);
+                for (int op = 0; op < COMM_OPERATIONS; op++) { CHECK(op == TP_OTHER || planned[op] == 0, "%s", comm_names[op]); }
+                reduction_count(r, NULL);
+                reduction_adapt(r, NULL, NULL, NULL);
+            }
+        }
+        free(table);
+    }
+    for (int op = 0; op < COMM_OPERATIONS; op++) { CHECK(data->bytes_sent[op] == 0 && (op == TP_OTHER || tensor->bytes_sent[op] == 0), "%s", comm_names[op]); }
+}
+
+// Of the world, layers of `ranks` ranks each, next to each other; the replicas are those with the same number in their layer
+static void check_layers(Group* world, int ranks, bool staged) {
+    Group tensor = group_of(world, world->rank / ranks, staged), data = group_of(world, world->rank % ranks, staged);
+    CHECK(tensor.size == ranks && data.size * ranks == world->size, "%d and %d", tensor.size, data.size);
+    shard = tensor.rank;
+    if (data.size == 1) {
+        check_one_replica(&data, &tensor);
+    } else {
+        const struct { ZeroConfig zero; int micro_batches; } cases[] = {{NOTHING_PARTITIONED, 2}, {{1, SPLIT_FLAT}, 1}, {{2, SPLIT_FLAT}, 3}, {{2, SPLIT_TENSOR}, 2}};
+        for (auto& c : cases) {
+            for (DType wire : {E4M3, FP32}) {
+                for (GradReduce algorithm : {REDUCE_RING, REDUCE_DIRECT}) {
+                    ParamTable* table = sharded_table(wire == FP32 ? FP32 : BF16, wire, tensor.size);
+                    {
+                        char name[128];
+                        snprintf(name, sizeof(name), "layers of %d, %s, %s, ZeRO %d", ranks, dtype_names[wire], algorithm == REDUCE_RING ? "ring" : "direct", c.zero.level);
+                        Trial trial(&data, table, ReductionConfig{SCALING_AUTO, algorithm, c.zero}, &tensor);
+                        trial.name = name;
+                        trial.input_of = sharded_input;
+                        trial.micro_batches = c.micro_batches;
+                        for (int i = 0; i < 3; i++) { trial.step(); }
+                        CHECK(trial.record.skipped == NOT_SKIPPED, "%s: %d", name, trial.record.skipped);
+                        if (c.zero.level > 0) { check_weights(&trial, 0); }
+                    }
+                    free(table);
+                }
+            }
+        }
+    }
+    group_free(&tensor);
+    group_free(&data);
+}
+
+#endif
+
 // ---- headroom ----
 
 // Of tensor 0, 3,000 elements, and 1, 200,001: how many elements overflow in sum in each step (-1: an inf on the last rank), and what that does to μ:
@@ -856,7 +1069,7 @@ static float headroom_input(int step, int t, int rank, int ranks, size_t n, size
 
 static void check_headroom(Group* g) {
     ParamTable* table = (ParamTable*)host_alloc(sizeof(ParamTable));
-    table->count = 0;
+    table->count = table->next_number = 0;
     table->elements = 0;
     {
         add_tensor(table, "small", 0, 3000, MATRIX, FP32, E4M3);
@@ -890,7 +1103,7 @@ static float calm_input(int step, int t, int rank, int, size_t, size_t i) {
 // Two ranks, without overflow: μ grows from 1/√2 to 1 in 500 steps, and no further
 static void check_growth(Group* g) {
     ParamTable* table = (ParamTable*)host_alloc(sizeof(ParamTable));
-    table->count = 0;
+    table->count = table->next_number = 0;
     table->elements = 0;
     add_tensor(table, "one", 0, 65, MATRIX, BF16, E4M3);
     add_tensor(table, "vector", 0, 1, VECTOR, FP32, FP32);
@@ -983,6 +1196,10 @@ static int run_rank(const char* mode, const char* argument, int argc, char** arg
         check_zero(&group, atoi(argument));
         check_one_matrix(&group);
         unstage(&group);
+#ifdef USE_MPI
+    } else if (strcmp(mode, "layers") == 0 || strcmp(mode, "staged layers") == 0) {
+        check_layers(&group, atoi(argument), strcmp(mode, "staged layers") == 0);
+#endif
     } else if (strcmp(mode, "headroom") == 0) {
         check_headroom(&group);
     } else if (strcmp(mode, "growth") == 0) {
@@ -1034,6 +1251,13 @@ static void with_zero_every_rank_has_its_part_and_gets_all_weights(void**) {
 
 static void staged_parts_are_the_same(void**) { expect_all(3, "staged zero", "1"); }
 
+static void ranks_of_a_layer_add_up_what_is_partial_and_count_together(void**) {
+    const struct { int world; const char* ranks; } cases[] = {{4, "2"}, {4, "4"}, {5, "5"}, {6, "3"}};
+    for (auto& c : cases) { expect_all(c.world, "layers", c.ranks); }
+    expect_all(4, "staged layers", "2");
+    expect_all(3, "staged layers", "3");
+}
+
 static void headroom_halves_where_sums_overflow_and_outlives_an_inf(void**) { expect_all(8, "headroom", "0"); }
 
 static void headroom_grows_to_1_and_buckets_travel_meanwhile(void**) { expect_all(2, "growth", "0"); }
@@ -1080,13 +1304,13 @@ static int ends(void (*f)(void), char* said, size_t size) {
 // A table with one tensor of these formats, and the plan of its reduction
 static void plan_one(DType accum, DType wire) {
     ParamTable* table = (ParamTable*)host_alloc(sizeof(ParamTable));
-    table->count = 0;
+    table->count = table->next_number = 0;
     table->elements = 0;
     add_tensor(table, "h0.qkvw", 0, 10, MATRIX, accum, wire);
     Group g = {};
     g.size = 2;
     Reduction r;
-    reduction_plan(&r, &g, table, ReductionConfig{SCALING_AUTO, REDUCE_RING, NOTHING_PARTITIONED});
+    reduction_plan(&r, &g, NULL, table, ReductionConfig{SCALING_AUTO, REDUCE_RING, NOTHING_PARTITIONED});
     free(table);
 }
 
@@ -1129,7 +1353,8 @@ int main(int argc, char** argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(one_rank_reduces_nothing), cmocka_unit_test(reduced_gradients_are_those_of_the_model_bit_for_bit),
         cmocka_unit_test(staged_gradients_are_the_same), cmocka_unit_test(with_zero_every_rank_has_its_part_and_gets_all_weights),
-        cmocka_unit_test(staged_parts_are_the_same), cmocka_unit_test(headroom_halves_where_sums_overflow_and_outlives_an_inf),
+        cmocka_unit_test(staged_parts_are_the_same), cmocka_unit_test(ranks_of_a_layer_add_up_what_is_partial_and_count_together),
+        cmocka_unit_test(headroom_halves_where_sums_overflow_and_outlives_an_inf),
         cmocka_unit_test(headroom_grows_to_1_and_buckets_travel_meanwhile),
         cmocka_unit_test(gradients_that_are_sent_wider_than_they_are_added_up_are_refused),
         cmocka_unit_test(ranks_with_the_same_flags_start), cmocka_unit_test(ranks_with_different_flags_are_refused),

@@ -1,8 +1,9 @@
 // Tests of fp8_kernels.cuh: every kernel against float64 on awkward sizes, for FP32 and BF16 activations; FP8 codes, scales and recorded
-// amaxes exactly.
+// amaxes exactly; what ranks that hold parts of the vocabulary make of it against what one makes of all.
 #include "check.h"
 #include <algorithm>
 #include "../fp8_kernels.cuh"
+#include "launch.h"
 
 static const int rows_list[] = {1, 2, 33, 70};            // one strip, its rest, three strips
 static const int width_list[] = {1, 3, 16, 48, 129, 300};  // 300: more than one COLUMN_TILE
@@ -220,7 +221,7 @@ template <class D> static void check_quantisation(Kind kind, int rows, int C, bo
 
     // the site's scale, too large by 8: some elements saturate. Its amax is that of the tensor, and a larger one seen before stays.
     s.set_scale(8.0f * right);
-    Quantisation q = {&s.sites, SITE, false, true, false};
+    Quantisation q = {&s.sites, SITE, false, true, false, NULL};
     produce_kind(kind, Tensor{y, d, slot}, sums ? partial.p : NULL, in, q, NULL);
     expect_slot(slot, 8.0f * right);
     expect_codes(y.p, v, 8.0f * right, rows, C, text);
@@ -238,7 +239,7 @@ template <class D> static void check_quantisation(Kind kind, int rows, int C, bo
     s.set_scale(0.125f);
     slot[0] = 1.0f / right; slot[1] = right;
     for (bool just_in_time : {false, true}) {
-        produce_kind(kind, Tensor{y, d, slot}, sums ? partial.p : NULL, in, Quantisation{&s.sites, SITE, just_in_time, false, true}, raw);
+        produce_kind(kind, Tensor{y, d, slot}, sums ? partial.p : NULL, in, Quantisation{&s.sites, SITE, just_in_time, false, true, NULL}, raw);
         expect_slot(slot, right);
         expect_codes(y.p, v, right, rows, C, text);
         assert_int_equal(s.amax[SITE], 0);
@@ -249,7 +250,7 @@ template <class D> static void check_quantisation(Kind kind, int rows, int C, bo
     slot[0] = slot[1] = 1.0f;
     for (bool record : {false, true}) {
         memset((void*)again.p, 0xff, n);
-        produce_kind(kind, Tensor{again, d, slot}, sums ? partial.p : NULL, in, Quantisation{&s.sites, SITE, true, record, false},
+        produce_kind(kind, Tensor{again, d, slot}, sums ? partial.p : NULL, in, Quantisation{&s.sites, SITE, true, record, false, NULL},
                      kind == TENSOR ? NULL : raw.p);
         expect_slot(slot, right);
         assert_memory_equal(again.p, y.p, n);
@@ -286,12 +287,91 @@ static void the_amax_is_the_maximum_over_micro_batches(void**) {
             Inputs<bf16> in(33, 48);
             Array<e4m3> y(33 * 48);
             slot.fill(1.0f);
-            produce_kind(TENSOR, Tensor{y, E4M3, slot}, NULL, in, Quantisation{&s.sites, SITE, just_in_time, true, false}, NULL);
+            produce_kind(TENSOR, Tensor{y, E4M3, slot}, NULL, in, Quantisation{&s.sites, SITE, just_in_time, true, false, NULL}, NULL);
             top = max_of(top, amax_of(in.x, 33 * 48));
             assert_int_equal(s.amax[SITE], top);
         }
     }
 }
+
+// ---- a scale that ranks share ----
+
+// Every rank can say what any has
+static void fill_rank(const Inputs<bf16>& in, int rank, float bad) {
+    random_state = 1000 + 1000 * (uint64_t)rank;
+    double size = exp2((double)(5 * rank % 7) - 3.0);  // the last rank's are not the largest of three
+    for (const Array<bf16>* x : {&in.x, &in.dy, &in.gain, &in.bias}) { fill_normal(*x, 0.0, size); }
+    if (rank == 1) { from_float(in.x[7], bad); }
+}
+
+// Just in time, the scale and what is recorded are those of all ranks' tensors, whichever kernel makes them
+static void check_shared(RowExchange* rows_of_all, Kind kind, float bad) {
+    Group* g = rows_of_all->group;
+    const int rows = 33, C = 48, n = rows * C;
+    Inputs<bf16> in(rows, C);
+    Array<bf16> v(n), raw(n);
+    Array<e4m3> y(n);
+    Array<float> slot(4), mean(rows), rstd(rows);
+    auto run = [&](Tensor out, Quantisation q) {
+        LayerNormInputs l = {NULL, in.x, NULL, in.gain, in.bias, mean, rstd};
+        if (kind == NORM) { layernorm_forward(out, l, BF16, q, raw, rows, C, NULL); }
+        else { produce_kind(kind, out, NULL, in, q, kind == TENSOR ? NULL : raw.p); }
+        finish();
+    };
+    SiteArrays s;
+    uint32_t all = 0, own = 0;
+    for (int k = 1; k <= g->size; k++) {  // the own ones last
+        fill_rank(in, (g->rank + k) % g->size, bad);
+        if (kind == TENSOR) { memcpy((void*)v.p, in.x.p, n * sizeof(bf16)); }
+        else { run(Tensor{v, BF16, NULL}, Quantisation{}); }
+        own = amax_of(v, n);
+        all = max_of(all, own);
+    }
+    for (RowExchange* sharers : {rows_of_all, (RowExchange*)NULL}) {
+        uint32_t top = sharers != NULL ? all : own;
+        float scale = scale_from_amax(bits_to_float(top), 448.0f, 0, 4.0f);
+        uint64_t scales = g->bytes_sent[TP_SCALES], others = g->bytes_sent[ALL_REDUCE_MAX];
+        uint64_t sent = sharers != NULL ? 2 * sizeof(float) * ((uint64_t)g->size - 1) / (uint64_t)g->size : 0;
+        slot[0] = 0.25f; slot[1] = 4.0f; slot[2] = slot[3] = 0.0f;
+        s.amax[SITE] = 0;
+        run(Tensor{y, E4M3, slot}, Quantisation{&s.sites, SITE, true, true, false, sharers});
+        CHECK(slot[1] == scale && slot[0] == 1.0f / scale, "kind %d: scale %g, not %g", kind, (double)slot[1], (double)scale);
+        CHECK(s.amax[SITE] == top || (top > 0x7f800000u && s.amax[SITE] > 0x7f800000u), "kind %d: amax 0x%x, not 0x%x", kind, s.amax[SITE], top);
+        for (int i = 0; i < n; i++) { CHECK(y[i].bits == encoded<e4m3>(to_float(v[i]) * scale).bits, "kind %d: code %d", kind, i); }
+        // a scale from the site's history, and one that is kept, are there already
+        run(Tensor{y, E4M3, slot}, Quantisation{&s.sites, SITE, false, true, false, sharers});
+        if (kind != NORM) { run(Tensor{y, E4M3, slot}, Quantisation{&s.sites, SITE, true, false, true, sharers}); }
+        CHECK(g->bytes_sent[TP_SCALES] - scales == sent && g->bytes_sent[ALL_REDUCE_MAX] == others, "kind %d", kind);
+    }
+}
+
+static int run_rank(int argc, char** argv) {
+    World world = world_init(&argc, &argv);
+    world_select_device(&world);
+    Group group = group_world(&world, true);
+    RowExchange rows = {};
+    rows.group = &group;
+    rows_create(&rows, 4);
+    for (float bad : {0.0f, INFINITY, NAN}) {
+        for (int kind = 0; kind < KINDS; kind++) { check_shared(&rows, (Kind)kind, bad); }
+    }
+    rows_free(&rows);
+    printf("held\n");
+    group_free(&group);
+    world_finalize(&world);
+    return 0;
+}
+
+static void ranks_share(int ranks) {
+    if (!can_launch(ranks)) { skip(); }
+    Launched l = expect_ranks(ranks, "share", "0", NULL, 60, 0);
+    int held = 0;
+    for (const char* p = l.out; (p = strstr(p, "held\n")) != NULL; p++) { held++; }
+    assert_int_equal(held, ranks);
+}
+static void one_rank_keeps_its_scale(void**) { ranks_share(1); }
+static void two_ranks_share_a_scale(void**) { ranks_share(2); }
+static void three_ranks_share_a_scale(void**) { ranks_share(3); }
 
 // A NaN or inf is seen: in the code (NaN), in the amax, and by UpdateSites, which then keeps history and scale. The other elements keep
 // their codes.
@@ -307,7 +387,7 @@ static void nan_and_inf_are_not_lost(void**) {
                 slot[0] = 0.25f; slot[1] = 4.0f; slot[2] = slot[3] = 0.0f;
                 from_float(in.x[500], bad);
                 produce_kind(TENSOR, Tensor{y, E4M3, slot}, sums ? partial.p : NULL, in,
-                             Quantisation{&s.sites, SITE, just_in_time, true, false}, NULL);
+                             Quantisation{&s.sites, SITE, just_in_time, true, false, NULL}, NULL);
                 assert_int_equal(y[500].bits, isnan(bad) ? 0x7f : bad > 0 ? 0x7e : 0xfe);
                 assert_true(isnan(bad) ? s.amax[SITE] > 0x7f800000u : s.amax[SITE] == 0x7f800000u);
                 expect_slot(slot, 4.0f);
@@ -335,7 +415,7 @@ static void a_tensor_of_zeros_keeps_its_scale(void**) {
     Array<float> slot(4);
     SiteArrays s;
     slot[0] = 0.25f; slot[1] = 4.0f; slot[2] = slot[3] = 0.0f;
-    produce_kind(TENSOR, Tensor{y, E4M3, slot}, NULL, in, Quantisation{&s.sites, SITE, true, true, false}, NULL);
+    produce_kind(TENSOR, Tensor{y, E4M3, slot}, NULL, in, Quantisation{&s.sites, SITE, true, true, false, NULL}, NULL);
     expect_slot(slot, 4.0f);
     for (int i = 0; i < 32; i++) { assert_int_equal(y[i].bits, i == 3 ? 0x80 : 0); }
 }
@@ -453,7 +533,11 @@ template <class T> static void check_layernorm_forward(int rows, int C, bool add
                         c);
         }
     }
-    if (!add) { for (size_t i = 0; i < n * sizeof(T); i++) { assert_int_equal(((unsigned char*)sum.p)[i], 0xff); } }
+    if (!add) { for (size_t i = 0; i < n * sizeof(T); i++) { assert_int_equal(((unsigned char*)sum.p)[i], 0xff); } return; }
+    Array<T> out(n);
+    run_rows(AddRows<T>{out, in.x, delta, C}, rows, NULL);
+    finish();
+    assert_memory_equal(out.p, sum.p, n * sizeof(T));
 }
 
 static void layernorm_matches_float64(void**) {
@@ -505,7 +589,7 @@ template <class D> static void check_layernorm_codes(int rows, int C, bool add, 
     memset((void*)slot.p, 0, 16);
     for (bool record : {false, true}) {
         memset((void*)y.p, 0xff, n);
-        layernorm_forward(Tensor{y, d, slot}, l, BF16, Quantisation{&s.sites, SITE, just_in_time, record, false}, raw, rows, C, NULL);
+        layernorm_forward(Tensor{y, d, slot}, l, BF16, Quantisation{&s.sites, SITE, just_in_time, record, false, NULL}, raw, rows, C, NULL);
         finish();
         expect_slot(slot, scale);
         expect_codes(y.p, v, scale, rows, C, "layernorm");
@@ -518,7 +602,7 @@ template <class D> static void check_layernorm_codes(int rows, int C, bool add, 
     memcpy(kept.mean.p, in.mean.p, rows * sizeof(float));
     memcpy(kept.rstd.p, in.rstd.p, rows * sizeof(float));
     s.amax[SITE] = 0;
-    produce_kind(NORM, Tensor{again, d, slot}, NULL, kept, Quantisation{&s.sites, SITE, just_in_time, false, true}, raw);
+    produce_kind(NORM, Tensor{again, d, slot}, NULL, kept, Quantisation{&s.sites, SITE, just_in_time, false, true, NULL}, raw);
     assert_memory_equal(y.p, again.p, n);
     expect_slot(slot, scale);
     assert_int_equal(s.amax[SITE], 0);
@@ -625,18 +709,18 @@ static void the_gradient_of_layernorm_is_its_derivative(void**) {
 
 // ---- embedding ----
 
-// Positions grouped by token, as the trainer makes them
+// Positions of the tokens from … to-1 grouped by token, as the trainer makes them
 struct Groups {
     Array<int> order, first, token;
     TokenGroups groups;
-    Groups(const int* tokens, int rows) : order(rows), first(rows + 1), token(rows) {
-        for (int i = 0; i < rows; i++) { order[i] = i; }
-        std::stable_sort(order.p, order.p + rows, [=](int a, int b) { return tokens[a] < tokens[b]; });
-        int count = 0;
-        for (int i = 0; i < rows; i++) {
+    Groups(const int* tokens, int rows, int from, int to) : order(rows), first(rows + 1), token(rows) {
+        int used = 0, count = 0;
+        for (int i = 0; i < rows; i++) { if (tokens[i] >= from && tokens[i] < to) { order[used++] = i; } }
+        std::stable_sort(order.p, order.p + used, [=](int a, int b) { return tokens[a] < tokens[b]; });
+        for (int i = 0; i < used; i++) {
             if (i == 0 || tokens[order[i]] != tokens[order[i - 1]]) { token[count] = tokens[order[i]]; first[count++] = i; }
         }
-        first[count] = rows;
+        first[count] = used;
         groups = TokenGroups{order, first, token, count};
     }
 };
@@ -652,8 +736,8 @@ template <class T> static void check_embedding(int B, int T_, int C) {
     fill_normal(wpe, 0.0, 1.0);
     fill_normal(dx, 0.0, 1.0);
     for (int i = 0; i < rows; i++) { tokens[i] = i % 3 == 0 ? 7 : i == 1 ? 0 : i == 2 ? V - 1 : (int)(random_u32() % V); }
-    run_rows(EmbeddingForward<T>{plain, tokens, wte, NULL, T_, C}, rows, NULL);
-    run_rows(EmbeddingForward<T>{x, tokens, wte, wpe, T_, C}, rows, NULL);
+    run_rows(EmbeddingForward<T>{plain, tokens, wte, NULL, 0, V, T_, C}, rows, NULL);
+    run_rows(EmbeddingForward<T>{x, tokens, wte, wpe, 0, V, T_, C}, rows, NULL);
     finish();
     for (int r = 0; r < rows; r++) {
         assert_memory_equal(plain.p + (size_t)r * C, wte.p + (size_t)tokens[r] * C, C * sizeof(T));
@@ -665,9 +749,9 @@ template <class T> static void check_embedding(int B, int T_, int C) {
     std::vector<float> want((size_t)V * C), want_position((size_t)(T_ + 2) * C, 0.25f);
     for (size_t i = 0; i < want.size(); i++) { dwte[i] = want[i] = (float)normal(); }
     dwpe.fill(0.25f);
-    Groups g(tokens, rows);
+    Groups g(tokens, rows, 0, V);
     for (int micro = 0; micro < 2; micro++) {
-        run_rows(EmbeddingBackward<T, float, NEAREST>{dwte, dx, g.groups, RandomKey{}, C}, g.groups.groups, NULL);
+        run_rows(EmbeddingBackward<T, float, NEAREST>{dwte, dx, g.groups, RandomKey{}, 0, C}, g.groups.groups, NULL);
         run_rows(PositionBackward<T, float, NEAREST>{dwpe, dx, RandomKey{}, B, T_, C, micro > 0}, T_, NULL);
         finish();
         for (int r = 0; r < rows; r++) {
@@ -694,7 +778,75 @@ static void embedding_forward_and_backward_are_exact(void**) {
     }
 }
 
+// A table of V tokens cut over ranks, one of which has padding alone: the rows of all of them, added up in their order, are those of one rank with the
+// whole table, and so are the gradients of the tokens, with the same random bits
+template <class T, class A, Rounding R> static void check_cut_embedding(int B, int T_, int C, bool positions) {
+    const int V = 19, cuts[] = {0, 7, 8, 19, 24};  // token 7 has a rank to itself
+    int rows = B * T_;
+    size_t n = (size_t)rows * C;
+    Array<T> whole(n), x(n), wte((size_t)24 * C), wpe((size_t)T_ * C), dx(n);
+    Array<int> tokens(rows);
+    Array<A> dwte((size_t)24 * C);
+    std::vector<float> sum(n);
+    fill_normal(wte, 0.0, 1.0);
+    fill_normal(wpe, 0.0, 1.0);
+    fill_normal(dx, 0.0, 1.0);
+    fill_normal(dwte, 0.0, 1.0);
+    for (int i = 0; i < rows; i++) {
+        tokens[i] = i % 3 == 0 ? 7 : i == 1 ? 0 : i == 2 ? V - 1 : (int)(random_u32() % V);
+        from_float(wte[(size_t)tokens[i] * C + i % C], -0.0f);
+        from_float(wpe[(size_t)(i % T_) * C + i % C], -0.0f);
+    }
+    const T* added = positions ? wpe.p : NULL;
+    run_rows(EmbeddingForward<T>{whole, tokens, wte, added, 0, V, T_, C}, rows, NULL);
+    finish();
+    RandomKey key = random_key(3, 1, 4);
+    std::vector<A> before(dwte.p, dwte.p + dwte.n);
+    Groups all(tokens, rows, 0, V);
+    run_rows(EmbeddingBackward<T, A, R>{dwte, dx, all.groups, key, 0, C}, all.groups.groups, NULL);
+    finish();
+    for (int part = 0; part < 4; part++) {
+        int first = cuts[part], count = cuts[part + 1] - first;
+        Array<T> own((size_t)count * C);
+        Array<A> down((size_t)count * C);
+        memcpy((void*)own.p, wte.p + (size_t)first * C, own.n * sizeof(T));
+        memcpy((void*)down.p, before.data() + (size_t)first * C, down.n * sizeof(A));
+        run_rows(EmbeddingForward<T>{x, tokens, own, added, first, count, T_, C}, rows, NULL);
+        Groups g(tokens, rows, first, first + count);
+        run_rows(EmbeddingBackward<T, A, R>{down, dx, g.groups, key, first, C}, g.groups.groups, NULL);
+        finish();
+        for (size_t i = 0; i < n; i++) {
+            bool here = tokens[i / C] >= first && tokens[i / C] < first + count;
+            assert_true(here || to_float(x[i]) == 0.0f);
+            sum[i] = part == 0 ? to_float(x[i]) : sum[i] + to_float(x[i]);
+        }
+        assert_memory_equal(down.p, dwte.p + (size_t)first * C, down.n * sizeof(A));
+    }
+    for (size_t i = 0; i < n; i++) { assert_int_equal(float_to_bits(sum[i]), float_to_bits(to_float(whole[i]))); }
+}
+
+static void a_cut_embedding_gives_the_same_bits(void**) {
+    for (int C : width_list) {
+        for (int B : {1, 3}) {
+            for (int T_ : {1, 11, 33}) {
+                for (bool positions : {false, true}) {
+                    check_cut_embedding<float, float, NEAREST>(B, T_, C, positions);
+                    check_cut_embedding<bf16, bf16, STOCHASTIC>(B, T_, C, positions);
+                }
+            }
+        }
+    }
+}
+
 // ---- cross-entropy ----
+
+// Of one part
+template <class T> static void cross_entropy(float* losses, T* z, const int* targets, float weight, int rows, int V, int padded, bool backward) {
+    Array<float> stats((size_t)rows * LOGIT_STATISTICS);
+    run_rows(LogitStatistics<T>{stats, z, targets, 0, V, padded}, rows, NULL);
+    run_rows(CrossEntropy<T>{losses, z, stats, 1, 0, targets, weight, 0, V, padded, backward}, rows, NULL);
+    finish();
+}
 
 enum Logits { NORMAL_LOGITS, LARGE_LOGITS, HUGE_LOGITS, EQUAL_LOGITS, LOGITS };
 
@@ -716,12 +868,10 @@ template <class T> static void check_cross_entropy(int rows, int V, int padded, 
     }
     memcpy((void*)before.p, z.p, n * sizeof(T));
     float weight = 1.0f / 96.0f;
-    run_rows(CrossEntropy<T>{losses, z, targets, weight, V, padded, false}, rows, NULL);
-    finish();
+    cross_entropy<T>(losses, z, targets, weight, rows, V, padded, false);
     assert_memory_equal(before.p, z.p, n * sizeof(T));
     std::vector<float> forward_losses(losses.p, losses.p + rows);
-    run_rows(CrossEntropy<T>{losses, z, targets, weight, V, padded, true}, rows, NULL);
-    finish();
+    cross_entropy<T>(losses, z, targets, weight, rows, V, padded, true);
     assert_memory_equal(losses.p, forward_losses.data(), rows * sizeof(float));
     for (int r = 0; r < rows; r++) {
         const T* old = before.p + (size_t)r * padded;
@@ -766,8 +916,7 @@ static void non_finite_logits_show_in_the_loss(void**) {
             targets[0] = 7;
             targets[1] = 7;
             z[at] = bad;
-            run_rows(CrossEntropy<float>{losses, z, targets, 1.0f, V, padded, true}, 2, NULL);
-            finish();
+            cross_entropy<float>(losses, z, targets, 1.0f, 2, V, padded, true);
             assert_false(isfinite(losses[0]));
             assert_true(isfinite(losses[1]));
         }
@@ -777,9 +926,131 @@ static void non_finite_logits_show_in_the_loss(void**) {
     fill_normal(z, 0.0, 1.0);
     z[3] = -INFINITY;
     targets[0] = 7;
-    run_rows(CrossEntropy<float>{losses, z, targets, 1.0f, V, padded, true}, 1, NULL);
-    finish();
+    cross_entropy<float>(losses, z, targets, 1.0f, 1, V, padded, true);
     assert_true(isfinite(losses[0]) && z[3] == 0.0f);
+}
+
+// The columns of z (rows, V) cut over ranks: part p has `counts[p]` of them and some of padding. Loss and gradient of each part into losses
+// (parts, rows) and, put together again, z; false: a gradient of padding is not 0.
+template <class T> static bool cut_cross_entropy(float* losses, T* z, const int* targets, float weight, int rows, int V, const std::vector<int>& counts) {
+    int parts = (int)counts.size(), first = 0;
+    size_t stride = (size_t)rows * LOGIT_STATISTICS + 5;  // the parts need not lie side by side
+    Array<float> stats((size_t)parts * stride);
+    const float garbage[] = {NAN, INFINITY, -INFINITY, 1e30f};
+    bool good = true;
+    for (bool second : {false, true}) {
+        first = 0;
+        for (int p = 0; p < parts; p++) {
+            int count = counts[p], padded = round_up(max_of(count, 1), 4 - p % 3);
+            Array<T> own((size_t)rows * padded);
+            for (int i = 0; i < rows * padded; i++) {
+                int r = i / padded, c = i % padded;
+                if (c < count) { own[i] = z[(size_t)r * V + first + c]; }
+                else { from_float(own[i], garbage[i % 4]); }
+            }
+            if (!second) { run_rows(LogitStatistics<T>{stats + p * stride, own, targets, first, count, padded}, rows, NULL); }
+            else {
+                run_rows(CrossEntropy<T>{losses + p * rows, own, stats, parts, stride, targets, weight, first, count, padded, true}, rows, NULL);
+            }
+            finish();
+            for (int i = 0; second && i < rows * padded; i++) {
+                int r = i / padded, c = i % padded;
+                if (c < count) { z[(size_t)r * V + first + c] = own[i]; }
+                else { good = good && float_to_bits(to_float(own[i])) == 0; }
+            }
+            first += count;
+        }
+    }
+    assert_int_equal(first, V);
+    return good;
+}
+
+static std::vector<std::vector<int>> cuts_of(int V) {
+    int third = V / 3, fifth = V / 5;
+    return {{V / 2, V - V / 2}, {1, V - 1}, {V, 0}, {third, V - third, 0}, {fifth, 2 * fifth, 0, fifth, V - 4 * fifth}, {V - fifth, 0, fifth, 0, 0}};
+}
+
+// The greatest logit is the same number however the columns are cut, so that of loss and gradient only the sum of the exponentials differs: by its own
+// rounding and by that of two exponents, each twice
+template <class T> static void check_cut_cross_entropy(int rows, int V, Logits kind) {
+    size_t n = (size_t)rows * V;
+    Array<T> z(n), before(n), uncut(n);
+    Array<int> targets(rows);
+    Array<float> want(rows);
+    for (size_t i = 0; i < n; i++) {
+        from_float(before[i], (float)(kind == EQUAL_LOGITS ? 3.0 : normal() * (kind == LARGE_LOGITS ? 80.0 : kind == HUGE_LOGITS ? 1e6 : 1.0)));
+    }
+    memcpy((void*)uncut.p, before.p, n * sizeof(T));
+    for (int r = 0; r < rows; r++) { targets[r] = r < 8 ? r * V / 8 : r < 16 ? max_of(0, V - 1 - (r - 8) * V / 8) : (int)(random_u32() % (uint32_t)V); }
+    float weight = 1.0f / 96.0f;
+    cross_entropy<T>(want, uncut, targets, weight, rows, V, V, true);
+    for (const std::vector<int>& counts : cuts_of(V)) {
+        int parts = (int)counts.size();
+        char text[128];
+        snprintf(text, sizeof(text), "%s, %d rows of %d, kind %d, %d parts, %d first", dtype_names[DTypeOf<T>::value], rows, V, kind, parts, counts[0]);
+        Array<float> losses((size_t)parts * rows);
+        memcpy((void*)z.p, before.p, n * sizeof(T));
+        if (!cut_cross_entropy<T>(losses, z, targets, weight, rows, V, counts)) { fail_msg("%s: padding has a gradient", text); }
+        for (int p = 1; p < parts; p++) { assert_memory_equal(losses + p * rows, losses.p, rows * sizeof(float)); }
+        for (int r = 0; r < rows; r++) {
+            double top = -INFINITY, total = 0, spread = 0, u = 0x1p-24;
+            for (int c = 0; c < V; c++) { top = fmax(top, (double)to_float(before[(size_t)r * V + c])); }
+            for (int c = 0; c < V; c++) {
+                double d = (double)to_float(before[(size_t)r * V + c]) - top;
+                total += exp(d);
+                spread -= exp(d) * d;
+            }
+            double relative = u * (16.0 + 2.0 * spread / total), at_target = (double)to_float(before[(size_t)r * V + targets[r]]);
+            double rounding = u * (2.0 * log(total) + 2.0 * fabs(top + log(total)) + 2.0 * fabs(top + log(total) - at_target));
+            expect_near((double)losses[r], (double)want[r], relative + rounding, "%s: loss of row %d", text, r);
+            for (int c = 0; c < V; c++) {
+                size_t i = (size_t)r * V + c;
+                double p = exp((double)to_float(before[i]) - top) / total, g = (double)to_float(uncut[i]), w = (double)weight;
+                double allowed = relative * p * w + 2.0 * u * (p * w + fabs(g)) + 1e-37;
+                expect_near((double)to_float(z[i]), g, allowed + 2.0 * (fabs(g) + allowed) * rounding_of<T>(), "%s: gradient (%d, %d)", text, r, c);
+            }
+        }
+    }
+}
+
+static void cut_columns_give_the_loss_and_gradient_of_all(void**) {
+    for (int rows : {1, 33}) {
+        for (int V : {5, 17, 128, 300}) {
+            for (int kind = 0; kind < LOGITS; kind++) {
+                check_cut_cross_entropy<float>(rows, V, (Logits)kind);
+                check_cut_cross_entropy<bf16>(rows, V, (Logits)kind);
+            }
+        }
+    }
+}
+
+// Whichever rank has it, all see it; and tokens that cannot come, if a rank had nothing else, do no harm
+static void non_finite_logits_show_in_the_loss_of_all_parts(void**) {
+    const int V = 50;
+    for (const std::vector<int>& counts : cuts_of(V)) {
+        int parts = (int)counts.size();
+        for (int at : {0, 7, 31, 49}) {
+            for (float bad : {NAN, bits_to_float(0xffc00000u), INFINITY}) {
+                Array<float> z(2 * V), losses((size_t)parts * 2);
+                Array<int> targets(2);
+                fill_normal(z, 0.0, 1.0);
+                targets.fill(7);
+                z[at] = bad;
+                cut_cross_entropy<float>(losses, z, targets, 1.0f, 2, V, counts);
+                for (int p = 0; p < parts; p++) { assert_true(!isfinite(losses[2 * p]) && isfinite(losses[2 * p + 1])); }
+            }
+        }
+        Array<float> z(V), uncut(V), losses(parts), want(1);
+        Array<int> targets(1);
+        fill_normal(z, 0.0, 1.0);
+        for (int c = 0; c < counts[0] && c < V - 1; c++) { z[c] = -INFINITY; }
+        memcpy(uncut.p, z.p, V * sizeof(float));
+        targets[0] = V - 1;
+        cross_entropy<float>(want, uncut, targets, 1.0f, 1, V, V, true);
+        cut_cross_entropy<float>(losses, z, targets, 1.0f, 1, V, counts);
+        for (int p = 0; p < parts; p++) { expect_near((double)losses[p], (double)want[0], 1e-6, "loss"); }
+        for (int c = 0; c < V; c++) { expect_near((double)z[c], (double)uncut[c], 1e-6, "gradient"); }
+    }
 }
 
 static void losses_are_added_in_float64(void**) {
@@ -793,7 +1064,7 @@ static void losses_are_added_in_float64(void**) {
     for (int i = 0; i < n; i++) { sum += (double)losses[i]; }
     run_rows(AddLosses{total, losses, n}, 1, NULL);
     finish();
-    assert_true(fabs(total[0] - (want + sum)) < 1e-6);  // of 1e9: float32 is off by 32
+    assert_true(fabs(total[0] - (want + sum)) < 2.0 * n * 0x1p-53 * 1e9);  // float32 is off by 32
 }
 
 // ---- threads ----
@@ -812,12 +1083,12 @@ static void results_do_not_depend_on_threads(void**) {
     fill_normal(z, 0.0, 1.0);
     fill_normal(wte, 0.0, 1.0);
     for (int i = 0; i < rows; i++) { tokens[i] = (int)(random_u32() % V); }
-    Groups g(tokens, rows);
+    Groups g(tokens, rows, 0, V);
     std::vector<char> first;
     for (int threads = 1; threads <= 3; threads++) {
         Array<e5m2> y(rows * C);
         Array<e4m3> normed(rows * C);
-        Array<bf16> sum(rows * C), dx(rows * C), logits(rows * C), x(rows * C), raw(rows * C);
+        Array<bf16> sum(rows * C), dx(rows * C), logits(rows * C), x(rows * C), raw(rows * C), added(rows * C);
         Array<float> slot(4), slot_normed(4), partial((size_t)2 * strips_of(rows) * C), grad(C), dgain(C), dbias(C), mean(rows), rstd(rows),
             losses(rows), dwte(V * C), dwpe(107 * C);
         SiteArrays s;
@@ -828,26 +1099,29 @@ static void results_do_not_depend_on_threads(void**) {
         LayerNormInputs l = {sum, in.x, delta, in.gain, in.bias, mean, rstd};
         LayerNormInputs kept = {NULL, sum, NULL, in.gain, in.bias, mean, rstd};
         with_threads(threads, [&] {
-            produce_kind(GELU_GRAD, Tensor{y, E5M2, slot}, partial, in, Quantisation{&s.sites, SITE, false, true, false}, NULL);
+            produce_kind(GELU_GRAD, Tensor{y, E5M2, slot}, partial, in, Quantisation{&s.sites, SITE, false, true, false, NULL}, NULL);
             finish_columns(grad, partial, strips_of(rows), C, false, NULL);
-            layernorm_forward(Tensor{normed, E4M3, slot_normed}, l, BF16, Quantisation{&s.sites, 2, true, true, false}, raw, rows, C, NULL);
+            layernorm_forward(Tensor{normed, E4M3, slot_normed}, l, BF16, Quantisation{&s.sites, 2, true, true, false, NULL}, raw, rows, C, NULL);
             layernorm_backward(dx, dgain, dbias, partial, in.dy, kept, BF16, false, false, rows, C, NULL);
-            run_rows(EmbeddingForward<bf16>{x, tokens, wte, NULL, rows, C}, rows, NULL);
-            run_rows(EmbeddingBackward<bf16, float, NEAREST>{dwte, in.dy, g.groups, RandomKey{}, C}, g.groups.groups, NULL);
+            run_rows(EmbeddingForward<bf16>{x, tokens, wte, NULL, 0, V, rows, C}, rows, NULL);
+            run_rows(EmbeddingBackward<bf16, float, NEAREST>{dwte, in.dy, g.groups, RandomKey{}, 0, C}, g.groups.groups, NULL);
             run_rows(PositionBackward<bf16, float, NEAREST>{dwpe, in.dy, RandomKey{}, 3, 107, C, false}, 107, NULL);
-            run_rows(CrossEntropy<bf16>{losses, logits, tokens, 0.125f, V, C, true}, rows, NULL);
+            cross_entropy<bf16>(losses, logits, tokens, 0.125f, rows, V, C, true);
+            run_rows(AddRows<bf16>{added, in.x, delta, C}, rows, NULL);
         });
         finish();
         std::vector<char> all;
         append(&all, y); append(&all, grad); append(&all, s.amax); append(&all, slot_normed); append(&all, normed); append(&all, sum);
         append(&all, mean); append(&all, rstd); append(&all, dx); append(&all, dgain); append(&all, dbias); append(&all, x);
         append(&all, dwte); append(&all, dwpe); append(&all, losses); append(&all, logits);
+        append(&all, added);
         if (threads == 1) { first = all; }
         assert_true(all == first);
     }
 }
 
-int main(void) {
+int main(int argc, char** argv) {
+    if (argc == 3) { return run_rank(argc, argv); }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(types_without_a_kernel_are_refused),
         cmocka_unit_test(sources_match_float64_in_fp32),
@@ -857,6 +1131,7 @@ int main(void) {
         cmocka_unit_test(codes_scales_and_amaxes_are_exact),
         cmocka_unit_test(the_amax_is_the_maximum_over_micro_batches),
         cmocka_unit_test(nan_and_inf_are_not_lost),
+        cmocka_unit_test(one_rank_keeps_its_scale), cmocka_unit_test(two_ranks_share_a_scale), cmocka_unit_test(three_ranks_share_a_scale),
         cmocka_unit_test(a_tensor_of_zeros_keeps_its_scale),
         cmocka_unit_test(sites_take_the_maximum_of_sixteen_steps),
         cmocka_unit_test(a_skipped_step_is_not_in_the_history), cmocka_unit_test(an_outlier_leaves_the_window_after_sixteen_steps),
@@ -867,8 +1142,11 @@ int main(void) {
         cmocka_unit_test(layernorm_backward_matches_float64),
         cmocka_unit_test(the_gradient_of_layernorm_is_its_derivative),
         cmocka_unit_test(embedding_forward_and_backward_are_exact),
+        cmocka_unit_test(a_cut_embedding_gives_the_same_bits),
         cmocka_unit_test(cross_entropy_matches_float64),
         cmocka_unit_test(non_finite_logits_show_in_the_loss),
+        cmocka_unit_test(cut_columns_give_the_loss_and_gradient_of_all),
+        cmocka_unit_test(non_finite_logits_show_in_the_loss_of_all_parts),
         cmocka_unit_test(losses_are_added_in_float64),
         cmocka_unit_test(results_do_not_depend_on_threads),
     };

@@ -273,7 +273,7 @@ template <class A> struct Accumulator {
         amax[0] = 0;
     }
     void run(Rounding rounding, RandomKey key, bool more) {
-        add_gradient(type, sum, addend, is_byte<A>() ? slot.p : NULL, is_byte<A>() ? amax.p : NULL, rounding, key, 0, sum.n, more, NULL);
+        add_gradient(type, sum, addend, is_byte<A>() ? slot.p : NULL, is_byte<A>() ? amax.p : NULL, rounding, key, ElementMap{}, 0, sum.n, more, NULL);
         finish();
     }
     void add(Rounding rounding, RandomKey key, bool more) {
@@ -329,7 +329,7 @@ static void stochastic_sums_are_one_of_the_two_neighbours(void**) {
 static void other_formats_are_no_accumulators(void**) {
     Array<float> addend(1);
     Array<uint32_t> sum(1);
-    auto add = [&](DType t) { add_gradient(t, sum, addend, addend, sum, NEAREST, RandomKey{}, 0, 1, true, NULL); };
+    auto add = [&](DType t) { add_gradient(t, sum, addend, addend, sum, NEAREST, RandomKey{}, ElementMap{}, 0, 1, true, NULL); };
     expect_end(1, "gradients are not added up in e5m2", NULL, [=] { add(E5M2); });
     expect_end(1, "gradients are not added up in fp16", NULL, [=] { add(FP16); });
     expect_end(1, "fp16 is no format of gradients", NULL, [&] { hop_add(FP16, sum, sum, 1); });
@@ -474,9 +474,9 @@ template <class A> static std::vector<char> blocks(int n, int cut, uint64_t firs
             size_t length = (size_t)(to - from);
             A* s = sum + from;
             if constexpr (is_byte<A>()) {  // whose scale is here a given one: add_gradient would take the whole tensor
-                run_rows(AddGradient<A, STOCHASTIC>{s, addend + from, slot, key, first + (uint64_t)from, length, k > 0}, pieces_of(length), NULL);
+                run_rows(AddGradient<A, STOCHASTIC>{s, addend + from, slot, key, ElementMap{}, first + (uint64_t)from, length, k > 0}, pieces_of(length), NULL);
             } else {
-                add_gradient(DTypeOf<A>::value, s, addend + from, NULL, NULL, STOCHASTIC, key, first + (uint64_t)from, length, k > 0, NULL);
+                add_gradient(DTypeOf<A>::value, s, addend + from, NULL, NULL, STOCHASTIC, key, ElementMap{}, first + (uint64_t)from, length, k > 0, NULL);
             }
         };
         with_threads(threads, [&] { block(cut, n); block(0, cut); });
@@ -541,6 +541,54 @@ static void small_addends_are_lost_to_the_nearest_but_not_on_average(void**) {
         // beyond 2 the unit is 2^-6, and each addition's variance 7/64 of its square
         if (rounding == STOCHASTIC) { expect_near(mean, 2.0, 5.0 * sqrt(additions * 7.0 / 64.0 / n) * 0x1p-6, "mean after %d additions", additions); }
     }
+}
+
+// Of two accumulators: added in float64, where the sum of two floats is exact or rounded so finely that rounding again does no harm, and rounded once
+template <class A> static void check_sum_of_accumulators(Rounding rounding) {
+    const uint64_t start = 0xffffff00ull;  // of the elements' numbers, which go beyond 32 bits
+    for (int n : sizes) {
+        Array<float> x((size_t)n);
+        Array<A> first((size_t)n), second((size_t)n), sum((size_t)n), again((size_t)n);
+        fill_gradient(x, 1.0);
+        for (int i = 0; i < n; i++) { first[i] = nearest<A>((double)x[i]); }
+        fill_gradient(x, 3.0);
+        for (int i = 0; i < n; i++) { second[i] = nearest<A>(i % 13 == 5 ? -value_of(first[i]) : (double)x[i]); }
+        RandomKey key = random_key(5, (uint64_t)n, 6);
+        auto add = [&](A* out, const A* a, const A* b, uint64_t from, size_t count) {
+            add_accumulators(DTypeOf<A>::value, out, a, b, rounding, key, ElementMap{}, from, count, NULL);
+            finish();
+        };
+        add(sum, first, second, start, (size_t)n);
+        for (int i = 0; i < n; i++) {
+            double exact = rounded(value_of(first[i]) + value_of(second[i]));
+            A want = nearest<A>(exact);
+            if constexpr (!is_float<A>()) {
+                if (rounding == STOCHASTIC) { from_float_stochastic(want, (float)exact, random_bits(key, start + (uint64_t)i)); }
+            }
+            if (!same(sum[i], want)) { fail_msg("%s of %d, element %d: 0x%x for %a", dtype_names[DTypeOf<A>::value], n, i, bits_of(sum[i]), exact); }
+        }
+        // the same bits from part of it, the other way round, and in place of either
+        size_t cut = (size_t)n / 3;
+        add(again, second, first, start, cut);
+        add(again + cut, second + cut, first + cut, start + cut, (size_t)n - cut);
+        assert_memory_equal(again.p, sum.p, (size_t)n * sizeof(A));
+        memcpy((void*)again.p, first.p, (size_t)n * sizeof(A));
+        add(again, again, second, start, (size_t)n);
+        assert_memory_equal(again.p, sum.p, (size_t)n * sizeof(A));
+        add(second, first, second, start, (size_t)n);
+        assert_memory_equal(second.p, sum.p, (size_t)n * sizeof(A));
+    }
+}
+
+static void two_accumulators_are_added_and_rounded_once(void**) {
+    check_sum_of_accumulators<float>(NEAREST);
+    check_sum_of_accumulators<float>(STOCHASTIC);
+    check_sum_of_accumulators<bf16>(NEAREST);
+    check_sum_of_accumulators<bf16>(STOCHASTIC);
+    Array<uint32_t> sum(1);
+    auto add = [&](DType t) { add_accumulators(t, sum, sum, sum, NEAREST, RandomKey{}, ElementMap{}, 0, 1, NULL); };
+    expect_end(1, "two accumulators in e4m3 are not added up", NULL, [=] { add(E4M3); });
+    expect_end(1, "gradients are not added up in fp16", NULL, [=] { add(FP16); });
 }
 
 // ---- codes ----
@@ -886,6 +934,7 @@ int main(void) {
         cmocka_unit_test(stochastic_sums_are_unbiased),
         cmocka_unit_test(random_bits_depend_on_the_key_and_the_element_alone),
         cmocka_unit_test(small_addends_are_lost_to_the_nearest_but_not_on_average),
+        cmocka_unit_test(two_accumulators_are_added_and_rounded_once),
         cmocka_unit_test(codes_and_counts_are_exact),
         cmocka_unit_test(a_tensor_survives_its_own_scale),
         cmocka_unit_test(parts_are_added_in_the_order_of_the_ranks),

@@ -165,7 +165,8 @@ static void random_table(void) {
         FormatClass c = random_u32() % 4 == 0 ? VECTOR : layer < 0 || layer == 3 ? EMBEDDING : MATRIX;  // a layer has matrices, or it has embeddings
         int64_t length = random_u32() % 3 == 0 ? 1 + random_u32() % 30000 : lengths[random_u32() % 10];
         uint32_t few = c == VECTOR ? 1 : 2;
-        add("r", layer, 1, length, c, formats[random_u32() % few + 1], formats[random_u32() % few], formats[2 + random_u32() % few]);
+        Param* p = add("r", layer, 1, length, c, formats[random_u32() % few + 1], formats[random_u32() % few], formats[2 + random_u32() % few]);
+        p->partial = c == VECTOR && random_u32() % 2 == 0;
     }
 }
 
@@ -180,7 +181,7 @@ static size_t before(int i) {
     for (int k = 0; k < i; k++) {
         const Param* q = &table.items[k];
         bool vectors = p->format_class == VECTOR, with = vectors == (q->format_class == VECTOR) && (vectors || q->layer == p->layer);
-        if (with && q->dtype == p->dtype && q->accum == p->accum && q->wire == p->wire) { at += padded(q); }
+        if (with && q->dtype == p->dtype && q->accum == p->accum && q->wire == p->wire && q->partial == p->partial) { at += padded(q); }
     }
     return at;
 }
@@ -214,7 +215,7 @@ static void check_bucket(const Partition* p, const Bucket* b, std::vector<int>* 
         const BucketTensor* t = &p->tensors[b->first + k];
         const Param* q = &table.items[t->param];
         (*seen)[(size_t)t->param]++;
-        assert_true(q->dtype == b->dtype && q->accum == b->accum && q->wire == b->wire);
+        assert_true(q->dtype == b->dtype && q->accum == b->accum && q->wire == b->wire && q->partial == b->partial);
         assert_int_equal(b->layer, q->format_class == VECTOR ? ALL_LAYERS : q->layer);
         assert_true(b->whole == (cut && p->zero.split == SPLIT_TENSOR && q->format_class == MATRIX));
         assert_true((q->owner >= 0) == b->whole && q->owner < ranks);
@@ -262,7 +263,8 @@ static void check_partition(int ranks, ZeroConfig zero) {
             assert_int_equal(largest_part(&p, b), most);
             for (int i = 0; i < k; i++) {
                 const Bucket* o = &p.buckets[i];
-                assert_false(o->layer == b->layer && o->dtype == b->dtype && o->accum == b->accum && o->wire == b->wire);
+                bool formats = o->dtype == b->dtype && o->accum == b->accum && o->wire == b->wire;
+                assert_false(formats && o->layer == b->layer && o->partial == b->partial);
             }
         }
         assert_int_equal(table.elements, total);

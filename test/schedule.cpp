@@ -75,7 +75,6 @@ static void a_step_of_equal_stages_takes_k_plus_stages_less_one(void**) {
         double want = (x.micro_batches + x.stages - 1) * 3.25;
         expect_near(execute(x, f, b), want, 1e-9 * want, "%d stages, %d micro-batches, executed", x.stages, x.micro_batches);
         expect_near(schedule_makespan(x.stages, x.micro_batches, f.data(), b.data()), want, 1e-9 * want, "%d stages, %d micro-batches", x.stages, x.micro_batches);
-        expect_near(schedule_bubble(x.stages, x.micro_batches), 1.0 - x.micro_batches * 3.25 / want, 1e-12, "bubble");
     }
 }
 
@@ -109,9 +108,102 @@ static void many_micro_batches_take_no_longer_to_reckon(void**) {
     assert_int_equal(last.micro_batch, INT32_MAX - 1);
 }
 
+// ---- exchanges ----
+
+// A message as a stage names it: micro-batch k's output or gradient
+static int message(bool forward, int k) { return 2 * k + (forward ? 1 : 0); }
+
+// A stage as a machine that makes exchanges and passes. `sends` and `receives`: the halves of its exchange that are not done.
+struct Stage {
+    int64_t exchange = 0;
+    bool sends = false, receives = false;
+    int forward = 0, backward = 0;        // passes that are done
+};
+
+// Exchanges between stages that end only when both sides have come. `paired`: a stage sends and receives at once, else it sends first. Returns
+// whether all came to their end; fails on a message that is not the one that is waited for, and on a slot that is taken while in use.
+static bool all_exchanges_end(Shape x, bool paired) {
+    int K = x.micro_batches;
+    std::vector<Stage> stages((size_t)x.stages);
+    auto now = [&](int s) { return schedule_exchange(x.stages, s, K, stages[(size_t)s].exchange); };
+    auto enter = [&](int s) {
+        Stage* a = &stages[(size_t)s];
+        ScheduleExchange e = now(s);
+        a->sends = e.to >= 0;
+        a->receives = e.from >= 0;
+        assert_true(e.to < x.stages && e.from < x.stages && e.to != s && e.from != s);
+        if (a->exchange == schedule_steps(K)) { return; }
+        ScheduleStep next = schedule_step(x.stages, s, K, a->exchange);
+        int flight = schedule_in_flight(x.stages, s, K);
+        if (next.forward && next.micro_batch >= flight) { assert_true(a->backward > next.micro_batch - flight); }  // who had its slot has been backward
+        assert_int_equal(e.from, next.forward ? s - 1 : s + 1 < x.stages ? s + 1 : -1);
+    };
+    for (int s = 0; s < x.stages; s++) { enter(s); }
+    for (bool moved = true; moved;) {
+        moved = false;
+        for (int s = 0; s < x.stages; s++) {
+            Stage* a = &stages[(size_t)s];
+            if (a->exchange > schedule_steps(K)) { continue; }
+            ScheduleExchange e = now(s);
+            Stage* b = a->sends ? &stages[(size_t)e.to] : NULL;
+            if (b != NULL && b->exchange <= schedule_steps(K) && b->receives && now(e.to).from == s && (paired || !b->sends)) {
+                ScheduleStep made = schedule_step(x.stages, s, K, a->exchange - 1), needed = schedule_step(x.stages, e.to, K, b->exchange);
+                assert_int_equal(message(made.forward, made.micro_batch), message(needed.forward, needed.micro_batch));
+                assert_int_equal(e.to, made.forward ? s + 1 : s - 1);
+                a->sends = b->receives = false;
+                moved = true;
+            }
+            if (a->sends || a->receives) { continue; }
+            moved = true;
+            if (a->exchange < schedule_steps(K)) { (schedule_step(x.stages, s, K, a->exchange).forward ? a->forward : a->backward)++; }
+            a->exchange++;
+            if (a->exchange <= schedule_steps(K)) { enter(s); }
+        }
+    }
+    for (const Stage& a : stages) {
+        if (a.exchange <= schedule_steps(K)) { return false; }
+        assert_int_equal(a.forward, K);
+        assert_int_equal(a.backward, K);
+    }
+    return true;
+}
+
+// Fails on exchanges that wait for each other, on messages in a wrong order, and on a slot k % in_flight that is still in use
+static void exchanges_end_and_bring_what_is_needed(void**) {
+    for (int stages = 1; stages <= 8; stages++) {
+        for (int K = 1; K <= 32; K++) {
+            if (!all_exchanges_end({stages, K}, true)) { fail_msg("%d stages, %d micro-batches: stages wait for each other", stages, K); }
+        }
+    }
+    for (const Shape& x : shapes) { assert_true(all_exchanges_end(x, true)); }
+}
+
+// What the simulation is to find: who sends before he receives waits for ever, wherever a stage takes passes in turns
+static void sending_before_receiving_waits_for_ever(void**) {
+    for (int stages = 2; stages <= 8; stages++) {
+        assert_true(all_exchanges_end({stages, 1}, false));
+        for (int K = 2; K <= 32; K++) { assert_false(all_exchanges_end({stages, K}, false)); }
+    }
+}
+
+static void what_stages_exchange_is_written_out(void**) {
+    // two stages, three micro-batches: F0 F1 B0 F2 B1 B2 and F0 B0 F1 B1 F2 B2
+    const ScheduleExchange first[] = {{-1, -1}, {1, -1}, {1, 1}, {-1, -1}, {1, 1}, {-1, 1}, {-1, -1}};
+    const ScheduleExchange last[] = {{-1, 0}, {-1, -1}, {0, 0}, {-1, -1}, {0, 0}, {-1, -1}, {0, -1}};
+    for (int i = 0; i <= 6; i++) {
+        ScheduleExchange a = schedule_exchange(2, 0, 3, i), b = schedule_exchange(2, 1, 3, i);
+        assert_int_equal(a.to, first[i].to);
+        assert_int_equal(a.from, first[i].from);
+        assert_int_equal(b.to, last[i].to);
+        assert_int_equal(b.from, last[i].from);
+    }
+}
+
 static void a_pass_that_is_none_is_refused(void**) {
     expect_end(1, "pass 6 of 6", NULL, [] { schedule_step(2, 0, 3, 6); });
     expect_end(1, "pass -1 of 6", NULL, [] { schedule_step(2, 0, 3, -1); });
+    expect_end(1, "pass 6 of 6", NULL, [] { schedule_exchange(2, 0, 3, 7); });
+    expect_end(1, "pass -1 of 6", NULL, [] { schedule_exchange(2, 0, 3, -1); });
 }
 
 int main(void) {
@@ -121,6 +213,9 @@ int main(void) {
         cmocka_unit_test(a_step_of_equal_stages_takes_k_plus_stages_less_one),
         cmocka_unit_test(unequal_stages_take_what_an_execution_takes),
         cmocka_unit_test(many_micro_batches_take_no_longer_to_reckon),
+        cmocka_unit_test(exchanges_end_and_bring_what_is_needed),
+        cmocka_unit_test(sending_before_receiving_waits_for_ever),
+        cmocka_unit_test(what_stages_exchange_is_written_out),
         cmocka_unit_test(a_pass_that_is_none_is_refused),
     };
     return RUN_TESTS(tests);

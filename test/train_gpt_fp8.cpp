@@ -1,6 +1,7 @@
 // The whole model against values from an independent implementation, finite differences, and itself in other precisions.
 #define TESTING
 #include "../train_gpt_fp8.cu"
+#include "step.h"
 #include "golden/golden.h"
 #include <setjmp.h>
 extern "C" {
@@ -13,7 +14,7 @@ struct TestModel {
     Model model;
     Memory memory;
     World world;
-    Group group;
+    Topology topology;
     HostBatch batch;
 };
 
@@ -44,8 +45,9 @@ static TestModel* open_model(GptConfig c) {
     static char** argv = NULL;
     t->world = world_init(&argc, &argv);
     world_select_device(&t->world);
-    t->group = group_world(&t->world, false);
-    model_plan(&t->model, &c, &t->group, &t->memory);
+    t->topology.world = group_world(&t->world, false);
+    topology_split(&t->topology, 1, 1);
+    model_plan(&t->model, &c, &t->topology, &t->memory);
     model_commit(&t->model, &t->memory);
     t->batch = host_batch_create(rows_of(&t->model));
     return t;
@@ -53,7 +55,7 @@ static TestModel* open_model(GptConfig c) {
 static void close_model(TestModel* t) {
     model_free(&t->model, &t->memory);
     host_batch_free(&t->batch);
-    group_free(&t->group);
+    topology_free(&t->topology);
     free(t);
 }
 
@@ -61,7 +63,7 @@ static double loss_of(TestModel* t) {  // mean over the batch that was last uplo
     Model* m = &t->model;
     device_zero(m->loss_total, sizeof(double), m->stream);
     forward(m, m->config.B, INFER);
-    head_loss(m, m->config.B, false, 0.0f, false);
+    head_loss(m, m->config.B, false, 0.0f);
     double total;
     copy_to_host(&total, m->loss_total, sizeof(total), m->stream);
     return total / rows_of(m);
@@ -172,10 +174,10 @@ static void llmc_models_give_pytorchs_loss(void** state) {
         GptConfig c = small_config(file.layers, file.heads, file.width, file.vocab, tokens->dims[1], tokens->dims[0], false, true, FP32, false);
         c.positions = file.positions;
         TestModel* t = open_model(c);
-        model_set_weights(&t->model, &t->group, &file);
+        model_set_weights(&t->model, &file);
         memcpy(t->batch.tokens, tokens->ints, (size_t)tokens->count * sizeof(int32_t));
         memcpy(t->batch.targets, golden_find(g, "targets")->ints, (size_t)tokens->count * sizeof(int32_t));
-        upload_batch(&t->model, &t->batch, rows_of(&t->model), INFER);
+        upload_batch(&t->model, &t->batch);
         double want = golden_find(g, version == 3 ? "loss_v3" : "loss_v5")->floats[0], got = loss_of(t);
         if (!(fabs(got - want) < 1e-4 * want)) { fail_msg("version %d: loss %.6f, PyTorch's %.6f", version, got, want); }
         close_model(t);
@@ -282,7 +284,7 @@ static double train_steps(TestModel* t, int steps, int repeat = 0) {
         if (repeat > 0 && i % repeat == 0) { loader_rewind(&loader); }
         loader_next(&loader, t->batch.tokens, t->batch.targets);
         micro_step(&t->model, &t->batch, 0, true, weight);
-        finish_step(&t->model, &t->group, &settings, weight);
+        finish_step(&t->model, &settings, weight);
         if (i >= steps - 10) { loss += read_record(&t->model).loss / 10.0; }
     }
     loader_close(&loader);
@@ -297,7 +299,7 @@ static void fp8_matmuls_take_fp8_codes(void** state) {
         c.scaling = delayed ? SCALING_DELAYED : SCALING_CURRENT;
         TestModel* t = open_model(c);
         Model* m = &t->model;
-        model_set_weights(m, &t->group, NULL);
+        model_set_weights(m, NULL);
         train_steps(t, 20);
         int linear = 0;
         for (const MatmulEntry* e : *m->matmul.order) {
@@ -384,7 +386,7 @@ static double loss_with(const TestModel* from, GptConfig c, bool coarse) {
     double loss = 0.0;
     for (int i = 0; i < batches; i++) {
         loader_next(&loader, t->batch.tokens, t->batch.targets);
-        upload_batch(m, &t->batch, rows_of(m), INFER);
+        upload_batch(m, &t->batch);
         loss += loss_of(t) / batches;
     }
     loader_close(&loader);
@@ -405,7 +407,7 @@ static double logit_snr(const TestModel* from, GptConfig c, bool coarse) {
         Model* m = &models[i]->model;
         loader_rewind(&loader);
         loader_next(&loader, models[i]->batch.tokens, models[i]->batch.targets);
-        upload_batch(m, &models[i]->batch, rows_of(m), INFER);
+        upload_batch(m, &models[i]->batch);
         forward(m, c.B, INFER);
         int n = m->head_rows;
         logits[i] = (float*)host_alloc((size_t)n * padded * sizeof(float));
@@ -426,7 +428,7 @@ static void precision_costs_little_on_trained_weights(void** state) {
     (void)state;
     GptConfig c = small_config(4, 4, 128, 256, 64, 8, true, true, FP32, false);
     TestModel* t = open_model(c);
-    model_set_weights(&t->model, &t->group, NULL);
+    model_set_weights(&t->model, NULL);
     train_steps(t, 220);
     GptConfig b = c, f = c;
     b.act = f.act = BF16;
@@ -457,7 +459,7 @@ static void recompute_changes_no_bit(void** state) {
             c.recompute = recompute;
             TestModel* t = open_model(c);
             Model* m = &t->model;
-            model_set_weights(m, &t->group, NULL);
+            model_set_weights(m, NULL);
             train_steps(t, 19);  // past the window of just-in-time scales
             size_t bytes = m->params.elements * sizeof(float);
             if (recompute == 0) {
@@ -485,12 +487,12 @@ static void evaluation_leaves_no_trace(void** state) {
     for (int evaluated = 0; evaluated < 2; evaluated++) {
         TestModel* t = open_model(c);
         Model* m = &t->model;
-        model_set_weights(m, &t->group, NULL);
+        model_set_weights(m, NULL);
         for (int i = 0; i < 4; i++) {
             train_steps(t, 6);
             if (!evaluated) { continue; }
             DataLoader loader = open_text(&c);
-            evaluate(m, &t->group, &loader, &t->batch, 3);
+            evaluate(m, &loader, &t->batch, 3);
             int tokens[12] = {10};
             generate(m, tokens, 12, 1);
             loader_close(&loader);
@@ -517,7 +519,7 @@ static void every_matmul_is_planned(void** state) {
         TestModel* t = open_model(c);
         Model* m = &t->model;
         size_t planned = m->matmul.order->size();
-        model_set_weights(m, &t->group, NULL);
+        model_set_weights(m, NULL);
         train_steps(t, 2);
         loss_of(t);
         int tokens[4] = {10};
@@ -554,7 +556,7 @@ static void narrow_accumulators_add_up_the_same_gradient(void** state) {
         c.embeddings_as_matrices = true;
         const int micro_batches = variant == 2 ? 2 : 4;
         TestModel* wide = open_model(c);
-        model_set_weights(&wide->model, &wide->group, NULL);
+        model_set_weights(&wide->model, NULL);
         auto run_micro_batches = [=](TestModel* t) {
             DataLoader loader = open_text(&t->model.config);
             for (int k = 0; k < micro_batches; k++) {
@@ -571,7 +573,7 @@ static void narrow_accumulators_add_up_the_same_gradient(void** state) {
             c.accum_rounding = f.rounding;
             TestModel* t = open_model(c);
             Model* m = &t->model;
-            model_set_weights(m, &t->group, NULL);
+            model_set_weights(m, NULL);
             if (variant == 2) { assert_true(gradient_rows(m, m->head) < m->head->rows && m->head_rows < rows_of(m)); }
             for (int again = 0; again < 2; again++) {  // what the first step left in the accumulators must not matter
                 run_micro_batches(t);
@@ -600,7 +602,7 @@ static void a_non_finite_step_leaves_no_trace(void** state) {
     c.scaling = SCALING_DELAYED;
     TestModel* t = open_model(c);
     Model* m = &t->model;
-    model_set_weights(m, &t->group, NULL);
+    model_set_weights(m, NULL);
     train_steps(t, 18);
     size_t n = m->params.elements, history = (size_t)m->sites.count * AMAX_WINDOW;
     float* kept = (float*)host_alloc((3 * n + history) * sizeof(float));
@@ -619,7 +621,7 @@ static void a_non_finite_step_leaves_no_trace(void** state) {
     StepSettings settings = test_settings();
     float weight = 1.0f / (float)rows_of(m);
     micro_step(m, &t->batch, 0, true, weight);
-    finish_step(m, &t->group, &settings, weight);
+    finish_step(m, &settings, weight);
     StepRecord r = read_record(m);
     assert_int_equal(r.skipped, SKIP_NON_FINITE_LOSS);
     assert_int_equal(r.applied, applied);
@@ -648,14 +650,14 @@ static void learning_rates(void** state) {
 }
 
 // The tables of all ranks of a topology hold each element of the model once, but for what every rank of a layer has whole, and for the tied embedding, which the
-// first and the last stage have. Fails on a shard of the wrong shape, layer, name or format
+// first and the last stage have. Fails on a shard of the wrong shape, layer, name, number, format or initial values
 static void shards_make_up_the_model(void** state) {
     (void)state;
     static Model whole, shard;
     auto describe = [](Model* m, GptConfig c) {
         *m = Model{};
         m->config = c;
-        m->layers = (Layer*)host_alloc((size_t)stage_layers(&c) * sizeof(Layer));
+        m->layers = m->kept = (Layer*)host_alloc((size_t)stage_layers(&c) * sizeof(Layer));
         for (int l = 0; l < stage_layers(&c); l++) { m->layers[l] = Layer{}; }
         build_params(m);
     };
@@ -663,6 +665,12 @@ static void shards_make_up_the_model(void** state) {
         GptConfig c = small_config(8, 4, 64, 1000, 16, 2, variant == 0, variant == 0, BF16, true);
         c.bf16_layers = Bf16Layers{1, 2};
         describe(&whole, c);
+        std::vector<std::vector<float>> initial;
+        for (int i = 0; i < whole.params.count; i++) {
+            initial.emplace_back(param_elements(&whole.params.items[i]));
+            param_initialise(initial.back().data(), &whole.params.items[i], 5);
+        }
+        std::vector<float> values;
         for (int tp : {1, 2, 4}) {
             for (int pp : {1, 2, 4, 8}) {
                 std::vector<int64_t> valid((size_t)whole.params.count), holders((size_t)whole.params.count);
@@ -677,6 +685,15 @@ static void shards_make_up_the_model(void** state) {
                         const Param *p = &shard.params.items[i], *w = param_find(&whole.params, p->name);
                         assert_non_null(w);
                         assert_int_equal(p->layer, w->layer);
+                        assert_int_equal(p->number, w->number);
+                        values.resize(param_elements(p));
+                        param_initialise(values.data(), p, 5);
+                        ElementMap at = whole_elements(p);
+                        const std::vector<float>& all = initial[(size_t)(w - whole.params.items)];
+                        for (size_t e = 0; e < values.size(); e++) {
+                            uint64_t k = at(e);
+                            if (values[e] != (k < all.size() ? all[k] : 0.0f)) { fail_msg("tp %d, rank %d: element %zu of %s", tp, rank, e, p->name); }
+                        }
                         assert_int_equal(p->dtype, w->dtype);
                         assert_int_equal(p->format_class, w->format_class);
                         assert_true(p->init_std == w->init_std && p->init_value == w->init_value);

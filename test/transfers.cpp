@@ -456,6 +456,58 @@ static void check_lateness(Transfer* t) {
     }
 }
 
+// Parts of so many bytes as their unit allows, and no more
+static void check_units(Group* g) {
+    for (size_t unit = 1; unit <= 64; unit *= 2) {
+        CHECK(transfer_unit(unit) == unit && transfer_unit(3 * unit) == unit && transfer_unit(128 * unit) == 64, "%zu", unit);
+        Transfer t;
+        transfer_create(&t, g, 15 * unit * (size_t)g->size, unit);
+        for (size_t n : {0, 1, 3, 15}) {
+            uint32_t salt = (uint32_t)(unit + n);
+            run<Gather>(&t, n * unit, salt, ALL_GATHER);
+            run<Exchange>(&t, n * unit, salt);
+            run<Ring<e4m3>>(&t, n * unit, salt);
+            if (unit >= 4) { run<Ring<float>>(&t, n * unit / 4, salt); }
+            std::vector<size_t> cuts((size_t)g->size + 1, n * (size_t)g->size);  // all is the first rank's
+            cuts[0] = 0;
+            run<GatherParts>(&t, cuts, unit, salt);
+        }
+        transfer_free(&t);
+    }
+}
+
+// An array goes round, forward and backward; passed on and received at once, or at the ends of a chain one of both only
+struct PassedOn {
+    Transfer* t;
+    size_t bytes;
+    int from, to;
+    uint32_t salt;
+    Bytes given;
+    Memory sent, received;
+    PassedOn(Transfer* transfer, size_t n, int f, int d, uint32_t s)
+        : t(transfer), bytes(n), from(f), to(d), salt(s), given(bytes_of(t->group->rank, n, s)), sent(given), received(Bytes(n, 0xee)) {}
+    void start(void) {
+        Counted counted(t->group, PIPELINE, to >= 0 ? bytes : 0);
+        start_passing_on(t, from >= 0 ? received.data() : NULL, from, to >= 0 ? sent.data() : NULL, to, bytes, PIPELINE, NULL);
+    }
+    void check(void) {
+        CHECK(sent.content() == given, "what was sent has changed");
+        CHECK(received.content() == (from >= 0 ? bytes_of(from, bytes, salt) : Bytes(bytes, 0xee)), "%zu bytes from %d", bytes, from);
+    }
+};
+
+static void check_passing_on(Transfer* t) {
+    const int R = t->group->size, me = t->group->rank;
+    run<PassedOn>(t, (size_t)64, -1, -1, 0u);
+    if (R == 1) { return; }
+    for (size_t n : {(size_t)0, (size_t)64, (size_t)4096, largest_part(R)}) {
+        for (int by : {1, R - 1}) { run<PassedOn>(t, n, (me + R - by) % R, (me + by) % R, 7u); }
+        run<PassedOn>(t, n, me - 1, me + 1 < R ? me + 1 : -1, 8u);
+        run<PassedOn>(t, n, me + 1 < R ? me + 1 : -1, me - 1, 9u);
+        if (me < 2) { run<PassedOn>(t, n, 1 - me, 1 - me, 10u); }
+    }
+}
+
 // one process alone: whatever the length, nothing is done, and at once
 static void check_alone(Transfer* t) {
     if (t->group->transport != ALONE) { return; }
@@ -481,6 +533,7 @@ static int run_rank(const char* mode, const char* argument, int argc, char** arg
         if (transport != OVER_MPI_STAGED) {
             check_kinds(&t);
             check_parts(&t);
+            check_passing_on(&t);
         }
         check_lateness(&t);
         check_alone(&t);
@@ -491,8 +544,11 @@ static int run_rank(const char* mode, const char* argument, int argc, char** arg
             transfer_create(&t, &group, largest_part(R) * (size_t)R);  // to the byte
             check_kinds(&t);
             check_parts(&t);
+            check_passing_on(&t);
             transfer_free(&t);
+            if (R < 5) { check_units(&group); }
             group.transport = transport;
+            if (transport == OVER_MPI) { check_units(&group); }
         }
         group_free(&group);
         world_finalize(&world);
@@ -504,6 +560,14 @@ static int run_rank(const char* mode, const char* argument, int argc, char** arg
     transfer_create(&t, &group, strstr(mode, "long") != NULL ? 128 * (size_t)R - 64 : 4096);
     if (strstr(mode, "gather") != NULL) { run<Gather>(&t, (size_t)63, 1u, ALL_GATHER); }
     if (strstr(mode, "exchange") != NULL) { run<Exchange>(&t, (size_t)96, 1u); }
+    if (strstr(mode, "unit") != NULL || strstr(mode, "many") != NULL) {
+        transfer_free(&t);
+        transfer_create(&t, &group, 4096, 2);
+        Memory little(Bytes(64));
+        if (strstr(mode, "many") != NULL) { start_all_gather(&t, little.data(), equal_parts(((size_t)INT_MAX + 1) * 2), ALL_GATHER, NULL); }
+        run<Exchange>(&t, (size_t)7, 1u);
+    }
+    if (strstr(mode, "no power") != NULL) { transfer_create(&t, &group, 4096, 48); }
     if (strstr(mode, "ring") != NULL) { run<Ring<bf16>>(&t, (size_t)33, 1u); }
     if (strstr(mode, "cut") != NULL) { run<GatherParts>(&t, std::vector<size_t>{0, 63, 128}, (size_t)1, 1u); }
     if (strstr(mode, "regroup") != NULL) { run<Regroup>(&t, (size_t)128, std::vector<size_t>{0, 0, 256}, (size_t)1, 1u); }
@@ -541,6 +605,13 @@ static void parts_that_are_no_multiple_of_64_bytes_are_refused(void**) {
     refused("exchange, uneven", "a part of 96 bytes cannot be sent in one piece");
     refused("ring", "a part of 66 bytes cannot be sent in one piece");
     refused("cut", "a part of 63 bytes cannot be sent in one piece");
+    refused("unit of 2", "a part of 7 bytes cannot be sent in one piece");
+    refused("no power of two", "transfers do not count in units of 48 bytes");
+}
+
+// MPI counts with an int
+static void parts_of_too_many_units_are_refused(void**) {
+    if (!device_is_gpu) { refused("many", "a part of 4294967296 bytes cannot be sent in one piece"); }
 }
 
 static void arrays_longer_than_their_staging_are_refused(void**) {
@@ -555,6 +626,7 @@ int main(int argc, char** argv) {
         cmocka_unit_test(four_ranks_agree), cmocka_unit_test(five_ranks_agree), cmocka_unit_test(six_ranks_agree), cmocka_unit_test(seven_ranks_agree),
         cmocka_unit_test(eight_ranks_agree),
         cmocka_unit_test(parts_that_are_no_multiple_of_64_bytes_are_refused), cmocka_unit_test(arrays_longer_than_their_staging_are_refused),
+        cmocka_unit_test(parts_of_too_many_units_are_refused),
     };
     return cmocka_run_group_tests_name("transfers", tests, NULL, NULL);
 }

@@ -6,6 +6,7 @@
 #define TESTING
 #include "../train_gpt_fp8.cu"
 #include "launch.h"
+#include "step.h"
 #include <vector>
 
 // ---- what a run is ----
@@ -21,7 +22,7 @@ struct Outcome {
     std::vector<StepRecord> records;
     std::vector<double> validated;  // losses in between
     uint64_t initial, weights, states;  // hashes; the first of the states before the first step
-    uint64_t sent[COMM_OPERATIONS];  // in the last step, of gradients alone
+    uint64_t sent[COMM_OPERATIONS];  // in the last step; they are what is planned
     double bytes[MEMORY_CATEGORIES];  // of all ranks together
 };
 
@@ -49,33 +50,7 @@ static GptConfig config_of(int layers, DType act, bool fp8) {
 // Past the 16 steps after which delayed scales come from the window
 static int steps_of_a_run(const Group* g) { return getenv("SOAK") != NULL ? 200 : g->size > 4 ? 24 : 50; }
 
-// Most tokens follow from the one before
-static void fill_batch(HostBatch* batch, const GptConfig* c, int64_t first_sequence) {
-    for (int b = 0; b < c->B; b++) {
-        uint64_t h = mix64((uint64_t)(first_sequence + b));
-        int t = (int)(h % (uint64_t)c->vocab);
-        for (int i = 0; i < c->T; i++) {
-            batch->tokens[b * c->T + i] = t;
-            h = mix64(h);
-            t = h % 8 == 0 ? (int)(h / 8 % (uint64_t)c->vocab) : (3 * t + 1) % 61;
-            batch->targets[b * c->T + i] = t;
-        }
-    }
-}
-
 // ---- what is left of it ----
-
-static uint64_t hash_bytes(uint64_t h, const void* data, size_t n) {
-    for (size_t i = 0; i < n; i++) { h = (h ^ ((const unsigned char*)data)[i]) * 1099511628211ull; }
-    return h;
-}
-
-static std::vector<char> from_device(const void* d, size_t bytes) {
-    std::vector<char> host(bytes);
-    if (bytes > 0) { copy_to_host(host.data(), d, bytes, NULL); }
-    stream_sync(NULL);
-    return host;
-}
 
 // Of what the forward pass reads: alike on every rank
 static uint64_t hash_weights(Model* m, Group* g) {
@@ -85,8 +60,8 @@ static uint64_t hash_weights(Model* m, Group* g) {
     for (int i = 0; i < m->params.count; i++) {
         const Param* p = &m->params.items[i];
         size_t bytes = param_elements(p) * (size_t)dtype_bytes(p->dtype);
-        h = hash_bytes(h, from_device(p->weight, bytes).data(), bytes);
-        if (p->slot != NULL) { h = hash_bytes(h, from_device(p->slot, 8).data(), 8); }
+        h = hash_bytes(h, from_device<char>(p->weight, bytes).data(), bytes);
+        if (p->slot != NULL) { h = hash_bytes(h, from_device<char>(p->slot, 8).data(), 8); }
     }
     host_all_gather(g, all, &h, sizeof(h));
     for (int r = 0; r < g->size; r++) { CHECK(all[r] == h, "rank %d has other weights", r); }
@@ -104,10 +79,10 @@ static uint64_t hash_states(const Model* m, Group* g) {
             const OptimizerTensor* t = states[kind];
             size_t each = (size_t)dtype_bytes(t->dtype), blocks = (p->own_count + 127) / 128;
             uint64_t name = mix64((uint64_t)(4 * i + kind));
-            std::vector<char> values = from_device(t->data, p->own_count * each), exponents = from_device(t->exponents, t->exponents != NULL ? blocks : 0);
+            std::vector<char> values = from_device<char>(t->data, p->own_count * each), exponents = from_device<char>(t->exponents, t->exponents != NULL ? blocks : 0);
             for (size_t k = 0; keeps && k < p->own_count; k++) { sum += hash_bytes(mix64(name ^ (p->own_first + k)), &values[k * each], each); }
             for (size_t k = 0; keeps && k < exponents.size(); k++) { sum += mix64(name ^ 77 ^ ((p->own_first / 128 + k) << 20 | (unsigned char)exponents[k])); }
-            if (t->slot != NULL) { slots = hash_bytes(slots, from_device(t->slot, 8).data(), 8); }
+            if (t->slot != NULL) { slots = hash_bytes(slots, from_device<char>(t->slot, 8).data(), 8); }
         }
     }
     host_all_gather(g, all, &slots, sizeof(slots));
@@ -127,25 +102,28 @@ static double over_ranks(Group* g, size_t bytes) {
 // Of the same sequences each time, with weights that are still on their way
 static double validation_loss(Model* m, Group* g, HostBatch* batch) {
     fill_batch(batch, &m->config, 1000000 + g->rank * m->config.B);
-    upload_batch(m, batch, rows_of(m), INFER);
+    upload_batch(m, batch);
     device_zero(m->loss_total, sizeof(double), m->stream);
     forward(m, m->config.B, INFER);
-    head_loss(m, m->config.B, false, 0.0f, false);
+    head_loss(m, m->config.B, false, 0.0f);
     double total;
     copy_to_host(&total, m->loss_total, sizeof(total), m->stream);
     host_all_reduce_sum(g, &total, 1);
     return total;
 }
 
+static Topology topology;  // all ranks are replicas
+
 static Outcome train_with(Group* g, const Setting* s, int level, ZeroSplit split) {
     GptConfig config = s->config;
+    config.layout = topology.layout;
     config.reduction.zero = ZeroConfig{level, split};
     Model* m = (Model*)host_alloc(sizeof(Model));
     Memory memory = {};
     Outcome out = {};
-    model_plan(m, &config, g, &memory);
+    model_plan(m, &config, &topology, &memory);
     model_commit(m, &memory);
-    model_set_weights(m, g, NULL);
+    model_set_weights(m, NULL);
     out.initial = hash_states(m, g);
     HostBatch batch = host_batch_create(rows_of(m));
     StepSettings settings = {};
@@ -161,8 +139,8 @@ static Outcome train_with(Group* g, const Setting* s, int level, ZeroSplit split
             fill_batch(&batch, &config, (int64_t)((step * s->micro_batches + k) * g->size + g->rank) * config.B);
             micro_step(m, &batch, k, k == s->micro_batches - 1, step == poisoned && g->rank == g->size - 1 && k == 0 ? NAN : weight);
         }
+        finish_step(m, &settings, weight);
         for (int op = 0; op < COMM_OPERATIONS; op++) { out.sent[op] = g->bytes_sent[op] - before[op]; }
-        finish_step(m, g, &settings, weight);
         out.records.push_back(read_record(m));
         CHECK(out.records.back().skipped == (step == poisoned ? SKIP_NON_FINITE_NORM : NOT_SKIPPED), "%s: step %d: %d", s->name, step, out.records.back().skipped);
         if (step % 7 == 2) { out.validated.push_back(validation_loss(m, g, &batch)); }
@@ -170,6 +148,12 @@ static Outcome train_with(Group* g, const Setting* s, int level, ZeroSplit split
     out.weights = hash_weights(m, g);
     out.states = hash_states(m, g);
     for (int k = 0; k < MEMORY_CATEGORIES; k++) { out.bytes[k] = over_ranks(g, memory.bytes[k]); }
+    uint64_t planned[COMM_OPERATIONS] = {};
+    reduction_traffic(planned, &m->reduction, s->micro_batches);
+    for (int op = 0; op < COMM_OPERATIONS; op++) {
+        bool decides = op == ALL_REDUCE_SUM || op == ALL_REDUCE_MAX;  // norm, counts, amaxes: not of the reduction
+        CHECK(decides || out.sent[op] == planned[op], "%s: %s: %" PRIu64 ", not %" PRIu64, s->name, comm_names[op], out.sent[op], planned[op]);
+    }
     double first = out.records[0].loss, last = out.records.back().loss;
     CHECK(last < first - 0.5, "%s: from %g to %g: does not learn", s->name, first, last);
     model_free(m, &memory);
@@ -239,7 +223,7 @@ static void check_same(Group* g, const std::vector<Setting>& settings) {
 static std::vector<Setting> all_settings(void) {
     std::vector<Setting> list = {setting("fp8", config_of(2, BF16, true)), setting("bf16", config_of(2, BF16, false))};
     GptConfig c = config_of(3, FP32, false);  // the weights are the masters
-    c.tied = c.rope = false;                  // and the head takes turns with the layers
+    c.tied = c.rope = false;                  // and the head has a gradient of its own
     c.positions = 24;
     list.push_back(setting("fp32, head by itself", c));
     for (bool by_block : {false, true}) {
@@ -295,7 +279,7 @@ static void check_ring(Group* g) {
     }
 }
 
-// Several micro-batches: ZeRO 1 adds them up before the ranks, ZeRO 2 after, and sends as often
+// Several micro-batches: ZeRO 1 adds them up before the ranks, ZeRO 2 those of matrices after, and sends them as often. The embedding and vectors go once.
 static void check_micro_batches(Group* g) {
     for (DType wire : {FP32, E4M3}) {
         GptConfig c = config_of(3, wire == FP32 ? FP32 : BF16, wire != FP32);  // two layers' gradients are there at a time
@@ -312,10 +296,12 @@ static void check_micro_batches(Group* g) {
             else { expect_close(g, s.name, mode.name, without, with, 0.03, 0.25); }
             Outcome& one = first[mode.split];
             if (mode.level == 1) { one = with; continue; }
+            uint64_t ranks = (uint64_t)g->size, embedding = ((uint64_t)c.padded_vocab * (uint64_t)c.width + 4096 * ranks - 1) / (4096 * ranks) * 4096 * 4 * (ranks - 1);
             for (CommOperation op : {ALL_TO_ALL, REGROUP, VECTORS}) {
                 bool some = over_ranks(g, (size_t)one.sent[op]) > 0.0;
-                CHECK(with.sent[op] == 3 * one.sent[op] && some == (op != REGROUP || mode.split == SPLIT_TENSOR), "%s, %s: %s: %" PRIu64 " and %" PRIu64,
-                    s.name, mode.name, comm_names[op], with.sent[op], one.sent[op]);
+                uint64_t once = op == ALL_TO_ALL ? embedding : op == VECTORS ? one.sent[op] : 0;
+                CHECK(with.sent[op] - once == 3 * (one.sent[op] - once) && some == (op != REGROUP || mode.split == SPLIT_TENSOR),
+                    "%s, %s: %s: %" PRIu64 " and %" PRIu64, s.name, mode.name, comm_names[op], with.sent[op], one.sent[op]);
             }
         }
     }
@@ -324,17 +310,19 @@ static void check_micro_batches(Group* g) {
 static int run_rank(const char* mode, int argc, char** argv) {
     World world = world_init(&argc, &argv);
     world_select_device(&world);
-    Group group = group_world(&world, true);
-    if (strcmp(mode, "same") == 0) { check_same(&group, all_settings()); }
-    else if (strcmp(mode, "few") == 0) { check_few(&group); }
+    topology.world = group_world(&world, true);
+    topology_split(&topology, 1, 1);
+    Group* group = &topology.data;
+    if (strcmp(mode, "same") == 0) { check_same(group, all_settings()); }
+    else if (strcmp(mode, "few") == 0) { check_few(group); }
     else if (strcmp(mode, "close") == 0) {
-        check_direct(&group);
-        check_ring(&group);
-        check_micro_batches(&group);
+        check_direct(group);
+        check_ring(group);
+        check_micro_batches(group);
     }
     else { CHECK(false, "%s", mode); }
     printf("held\n");
-    group_free(&group);
+    topology_free(&topology);
     world_finalize(&world);
     return 0;
 }
