@@ -21,7 +21,7 @@
 // a tensor, for which a first pass over all tensors finds the new amaxes and a second writes; or one a block of 128 elements, made in the same pass. No FP32 copy of a tensor exists.
 // v in FP8 is meant to be rounded stochastically: to the nearest of 3 mantissa bits 0.95·v is often v again, and v stands still.
 #pragma once
-#include "core/collectives.cuh"  // the process group
+#include "core/collectives.cuh"  // the process groups
 #include "core/gradient.cuh" // pieces, formats of gradients
 #include "core/params.h"   // Param, ParamTable
 #include "core/profile.h"  // ProfileScope

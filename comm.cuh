@@ -37,8 +37,7 @@
 #pragma once
 #include "core/partition.h"  // buckets, parts, Param
 #include "core/profile.h"    // ProfileScope
-#include "core/topology.cuh"   // the process groups
-#include "core/transfers.cuh"  // exchanges that go on by themselves
+#include "core/transfers.cuh"  // exchanges that go on by themselves; the process groups
 
 // ---- gradients ----
 
@@ -117,7 +116,7 @@ static inline Parts parts_of(const Reduction* r, const Bucket* b, DType type) {
 // Where a bucket is cut for the ranks of a layer to add it up: evenly. Until the next call
 static inline Parts tensor_parts(const Reduction* r, const Bucket* b) {
     size_t lines = b->elements * sizeof(float) / PART_BYTES, ranks = (size_t)tensor_ranks(r);
-    for (size_t k = 0; k <= ranks; k++) { r->tensor_cuts[k] = lines * k / ranks; }
+    for (size_t k = 0; k <= ranks; k++) { r->tensor_cuts[k] = ceil_div(lines * k, ranks); }  // none has more than the first
     return cut_parts(r->tensor_cuts, PART_BYTES);
 }
 // Are some gradients reduced after each micro-batch, and do each one's begin anew?

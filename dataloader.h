@@ -1,4 +1,4 @@
-// dataloader.h: token shards and text files, shuffled, blended, sharded over ranks, resumable.
+// dataloader.h: token shards and text files, shuffled, blended, sharded over replicas (the ranks of this file), resumable.
 //
 // SPEC names the data: a glob `data/*.bin`, a list `a.bin,b.bin`, or a blend `0.7:a*.bin,0.3:b*.bin`. Each weighted entry is one source;
 // without weights all files together are one source. A file is a shard of llm.c (a header of 256 int32: [0]=20240520 [1]=1 [2]=tokens, then
@@ -44,7 +44,7 @@ struct DataLoaderConfig {
     bool shuffle;      // false: windows in the order of the files (validation)
     double val_split;  // F in [0, 1)
     LoaderPart part;   // LOADER_ALL ignores the split
-    int rank, ranks;   // of the data-parallel group
+    int rank, ranks;   // of the replicas
     int micro_batch;   // B >= 1: sequences of one rank in one call
 };
 
@@ -358,7 +358,7 @@ static inline void loader_count_windows(DataLoader* loader) {
     }
     int64_t global = (int64_t)config->ranks * config->micro_batch;
     if (loader->windows < global) {
-        bad_input("%s: %s'%s' has %" PRId64 " windows of %d tokens, too few for one micro-batch: %d ranks x --micro-batch %d = %" PRId64
+        bad_input("%s: %s'%s' has %" PRId64 " windows of %d tokens, too few for one micro-batch: %d replicas x --micro-batch %d = %" PRId64
                   "; allowed: more data, a smaller --seq-len or --micro-batch", config->flag, part, config->spec, loader->windows,
                   config->seq_len + 1, config->ranks, config->micro_batch, global);
     }

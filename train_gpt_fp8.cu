@@ -16,7 +16,7 @@
 // run and what it prints; --plan.
 #include "fp8_kernels.cuh"       // kernels of the forward and backward pass, FP8 in and out; scaling sites
 #include "adam_fp8.cuh"          // gradient norm, the decision to step, AdamW
-#include "comm.cuh"              // the process group, the gradient reduction
+#include "comm.cuh"              // the reduction of gradients between replicas, the return of weights
 #include "dataloader.h"          // token shards and text
 #include "core/attention.cuh"    // attention_forward, attention_backward
 #include "core/batch.h"          // a micro-batch on the host
@@ -150,9 +150,9 @@ static void option_table(OptionTable* t, Args* a) {
         option_choice("position", NULL, &a->position, "rope|learned", "P", "rotary or learned positions", "by --init; rope"),
         option_yes_no("tie-embeddings", NULL, &a->tied, "the head uses the token embedding"),
         option_group("Batch and length"),
-        option_int("micro-batch", "b", &a->micro_batch, 1, MAX_MICRO_BATCH, "N", "sequences of one rank in one pass"),
+        option_int("micro-batch", "b", &a->micro_batch, 1, MAX_MICRO_BATCH, "N", "sequences of one replica in one pass"),
         option_int("seq-len", "t", &a->seq_len, 1, 1 << 20, "N", "tokens of a sequence"),
-        option_int("global-batch", "d", &a->global_batch, 1, (int64_t)1 << 40, "N", "tokens of a step over all ranks; a multiple of micro-batch × seq-len × ranks", "one micro-batch a rank and pipeline stage"),
+        option_int("global-batch", "d", &a->global_batch, 1, (int64_t)1 << 40, "N", "tokens of a step over all ranks; a multiple of micro-batch × seq-len × replicas", "one micro-batch a replica and pipeline stage"),
         option_int("steps", "x", &a->steps, -1, (int64_t)1 << 40, "N", "optimizer steps; -1: one epoch"),
         option_flag("overfit-batch", "a", &a->overfit_batch, "train on the first global batch again and again"),
         option_group("Optimizer"),
@@ -174,8 +174,8 @@ static void option_table(OptionTable* t, Args* a) {
         option_choice("fp8-bwd", NULL, &a->fp8_bwd, "e4m3|e5m2", "F", "format of dY"),
         option_custom("bf16-layers", NULL, &a->bf16_layers, parse_bf16_layers, print_bf16_layers, "first:N,last:M", "layers left in BF16 under recipes fp8 and fp8-lm"),
         option_choice("grad-dtype", NULL, &a->grad_dtype, "fp32|bf16|e4m3=fp8|e5m2", "F", "weight gradients on the wire; vectors travel in FP32", "by --recipe"),
-        option_choice("grad-reduce", NULL, &a->grad_reduce, "ring|direct", "A", "ring: adds codes, rounded at every hop; direct: the owner of a part adds all ranks' in FP32", "by --recipe; direct where other recipes send FP8"),
-        option_choice("grad-scaling", NULL, &a->grad_scaling, "pre|post|sqrt|auto", "S", "headroom of an FP8 ring: 1/ranks, 1, 1/sqrt(ranks), or as the paper adapts it", "auto"),
+        option_choice("grad-reduce", NULL, &a->grad_reduce, "ring|direct", "A", "ring: adds codes, rounded at every hop; direct: the owner of a part adds all replicas' in FP32", "by --recipe; direct where other recipes send FP8"),
+        option_choice("grad-scaling", NULL, &a->grad_scaling, "pre|post|sqrt|auto", "S", "headroom of an FP8 ring of N replicas: 1/N, 1, 1/sqrt(N), or as the paper adapts it", "auto"),
         option_choice("grad-accum-dtype", NULL, &a->grad_accum_dtype, "fp32|bf16|e4m3=fp8", "F", "weight gradients while micro-batches are added up; for e4m3 embeddings take bf16", "by --recipe"),
         option_choice("grad-accum-rounding", NULL, &a->grad_accum_rounding, "nearest|stochastic", "R", "of accumulators below FP32", "stochastic; nearest for e4m3"),
         option_choice("master-dtype", NULL, &a->master_dtype, "fp32|bf16|fp16|e4m3|e5m2", "F", "master weights of matrices; FP16 and FP8 have scales", "by --recipe"),
@@ -186,7 +186,7 @@ static void option_table(OptionTable* t, Args* a) {
         option_choice("moment-rounding", NULL, &a->moment_rounding, "nearest|stochastic", "R", "of moments below FP32", "by --recipe"),
         option_int("recompute", "r", &a->recompute, 0, 2, "N", "in backward again instead of kept: 0 nothing, 1 GELU, 2 GELU and LayerNorm"),
         option_group("Ranks"),
-        option_int("zero", "z", &a->zero, 0, 2, "N", "what the ranks divide between them: 0 nothing, 1 optimizer states, 2 gradients too"),
+        option_int("zero", "z", &a->zero, 0, 2, "N", "what the replicas divide between them: 0 nothing, 1 optimizer states, 2 gradients too"),
         option_choice("zero-split", NULL, &a->zero_split, "tensor|flat", "S", "tensor: matrices whole, as in the paper; flat: all tensors in equal parts", "by --recipe"),
         option_int("tp", NULL, &a->tp, 1, 1 << 10, "N", "ranks that share each layer (tensor and sequence parallel)"),
         option_int("pp", NULL, &a->pp, 1, 1 << 10, "N", "stages that share the layers (pipeline parallel)"),
@@ -194,7 +194,7 @@ static void option_table(OptionTable* t, Args* a) {
         option_group("Output"),
         option_string("output-dir", "o", &a->output_dir, 1, "DIR", "folder of log.jsonl"),
         option_int("val-every", "v", &a->val_every, 0, (int64_t)1 << 40, "N", "steps between validations; 0: never"),
-        option_int("val-batches", "m", &a->val_batches, 0, (int64_t)1 << 40, "N", "micro-batches a rank in a validation, at most one pass; 0: never"),
+        option_int("val-batches", "m", &a->val_batches, 0, (int64_t)1 << 40, "N", "micro-batches a replica in a validation, at most one pass; 0: never"),
         option_int("sample-every", "s", &a->sample_every, 0, (int64_t)1 << 40, "N", "steps between samples of generated text (temperature 0.8); 0: never"),
         option_int("sample-len", "g", &a->sample_len, 1, 1 << 20, "N", "tokens of a sample"),
         option_flag("log-tensors", NULL, &a->log_tensors, "log what FP8 did to each tensor's gradient: underflow, saturation, headroom"),
@@ -1606,7 +1606,7 @@ static void resolve_global_batch(Run* r) {
         bad_input("--global-batch: %" PRId64 " tokens are no multiple of micro-batch %" PRId64 " × seq-len %" PRId64 " × %d %s%s = %" PRId64, a->global_batch,
             a->micro_batch, a->seq_len, replicas, r->topology.world.size == replicas ? "rank" : "replica", replicas == 1 ? "" : "s", pass);
     }
-    if (a->global_batch / pass > INT32_MAX) { bad_input("--global-batch: %" PRId64 " tokens are more than %d micro-batches a rank", a->global_batch, INT32_MAX); }
+    if (a->global_batch / pass > INT32_MAX) { bad_input("--global-batch: %" PRId64 " tokens are more than %d micro-batches a replica", a->global_batch, INT32_MAX); }
     r->micro_batches = (int)(a->global_batch / pass);
     if (r->micro_batches < a->pp) {
         bad_input("--global-batch: %" PRId64 " tokens are %d micro-batch%s of each replica, and the %" PRId64 " stages of --pp need as many at least; allowed: multiples of %" PRId64
@@ -1794,11 +1794,13 @@ static std::vector<TensorRow> gather_statistics(const Model* m) {
     }
     std::vector<uint64_t> counts((size_t)pipe->size);
     uint64_t count = mine.size(), most = 0;
+    uint64_t before = pipe->bytes_sent[HOST_ALL_GATHER];
     host_all_gather(pipe, counts.data(), &count, sizeof(count));
     for (uint64_t n : counts) { most = max_of(most, n); }
     mine.resize(most);
     all.resize(most * counts.size());
     host_all_gather(pipe, all.data(), mine.data(), most * sizeof(TensorRow));
+    pipe->bytes_sent[HOST_ALL_GATHER] = before;  // the log is no part of the step that is under way
     for (size_t stage = 0; stage < counts.size(); stage++) { rows.insert(rows.end(), &all[stage * most], &all[stage * most] + counts[stage]); }
     return rows;
 }
@@ -2151,7 +2153,8 @@ static void make_plan(Run* r) {
 
 // Before printing what needs neither MPI nor a device: of several ranks all must be about to, else those that are not would wait for ever
 static void print_together(Run* r, const char* task, int* argc, char*** argv) {
-    if (launched_processes() <= 1) { return; }
+    int launched = launched_processes();
+    if (launched == 0 || launched == 1) { return; }
     r->world = world_init(argc, argv);
     require_same_task(&r->world, task);
     world_finalize(&r->world);
@@ -2266,6 +2269,8 @@ static void train(Run* r) {
             r->not_finite_in_a_row);
     }
     if (a->profile && r->topology.world.rank == 0 && r->steps > 1) {
+        const RankLayout* y = &r->topology.layout;
+        if (y->tp * y->pp > 1) { printf("profile of the first rank: of %d that share its layers, stage 1 of %d\n", y->tp, y->pp); }
         profile_report(stdout, wall_seconds() - profile_start, (int)(r->steps - 1));
         matmul_time_alone(&m->matmul, m->stream);
         matmul_report(&m->matmul, stdout, (int)(r->steps - 1));

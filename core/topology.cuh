@@ -1,5 +1,5 @@
 // topology.cuh: who holds what, and who exchanges with whom: the ranks of a run as replicas (dp) of pipelines of stages (pp) of ranks that share layers
-// (tp).
+// (tp); before that, how many threads each uses, and whether all were started alike.
 //
 // Rank = (replica·pp + stage)·tp + tp_rank: those that share layers exchange most, and are neighbours in a node. Each rank is in four groups:
 //
@@ -12,8 +12,6 @@
 // launched in one order on both: a GPU may have room for one of the kernels only, which waits for its peer's. So one host thread launches all, in the
 // order of the program: within a pass the tensor group's, between passes the pipe's, behind each layer's backward the data group's, and at the end of
 // the step the world's.
-//
-// Before that the ranks compare what they were started with (`require_same_everywhere`).
 //
 // A group of all ranks is the world's communicators once more, counted apart: NCCL's take memory on the GPU. A group of one rank exchanges nothing.
 #pragma once
@@ -140,8 +138,7 @@ template <class F> static inline void check_members(Group* g, const char* name, 
     stream_destroy(stream);
     for (int i = 0; i < g->size; i++) {
         if (ranks[i] == member(i)) { continue; }
-        die("the %s group's rank %d is rank %.0f of the run, but should be rank %d; hint: were all ranks started with the same flags?", name, i, ranks[i],
-            member(i));
+        die("the %s group's rank %d is rank %.0f of the run, but should be rank %d", name, i, ranks[i], member(i));
     }
     device_free(device);
     free(ranks);

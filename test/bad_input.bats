@@ -368,6 +368,10 @@ EOT
     have_mpi
     local good="$TRAIN --train-data text.txt $TINY --steps 4 --output-dir out"
     refuses_on 1 $good : -np 1 $good --frobnicate "*unknown flag '--frobnicate'*"
+    # those that only print would end before the others know
+    refuses_on 1 $good : -np 1 $good --plan '*rank 1 was started with --plan, rank 0 with neither*'
+    refuses_on 1 $good --help : -np 1 $good '*rank 1 was started with neither*, rank 0 with --help*'
+    refuses_on 1 env -u OMPI_COMM_WORLD_SIZE $good --help : -np 1 env -u OMPI_COMM_WORLD_SIZE $good '*rank 1 was started with neither*, rank 0 with --help*'
     refuses_on 1 $good --frobnicate : -np 1 $good "*unknown flag '--frobnicate'*"
 }
 

@@ -1,9 +1,8 @@
 // exchange.cpp: exchanges of activations on 1 to 8 ranks against what every rank knows of the others: rows gathered and summed, to the bit; passes of a
-// pipeline; who is in which group; that what else is under way goes on; what is counted; and what is refused.
+// pipeline; that what else is under way goes on; what is counted; and what is refused.
 #include "check.h"
 #include "../core/exchange.cuh"
 #include "../core/schedule.h"
-#include "../core/topology.cuh"
 #include "launch.h"
 #include <algorithm>
 
@@ -367,63 +366,13 @@ static void check_long_message(Group* g) {
     device_free(data);
 }
 
-// ---- groups ----
-
-static void check_topology(const World* w, int tp, int pp) {
-    Topology t;
-    t.world = group_world(w, true);
-    topology_split(&t, tp, pp);
-    const RankLayout* l = &t.layout;
-    struct { Group* group; int size, rank; bool (*same)(RankLayout, RankLayout); } groups[] = {
-        {&t.world, w->size, w->rank, [](RankLayout, RankLayout) { return true; }},
-        {&t.data, w->size / tp / pp, l->replica, [](RankLayout a, RankLayout b) { return a.stage == b.stage && a.tp_rank == b.tp_rank; }},
-        {&t.tensor, tp, l->tp_rank, [](RankLayout a, RankLayout b) { return a.stage == b.stage && a.replica == b.replica; }},
-        {&t.pipe, pp, l->stage, [](RankLayout a, RankLayout b) { return a.tp_rank == b.tp_rank && a.replica == b.replica; }},
-    };
-    for (auto& x : groups) {
-        Group* g = x.group;
-        CHECK(g->size == x.size && g->rank == x.rank, "rank %d of %d, not %d of %d", g->rank, g->size, x.rank, x.size);
-        CHECK((g->transport == ALONE) == (x.size == 1));
-        CHECK(g->shared == (g != &t.world && x.size == w->size));
-        for (int i = 0; i < COMM_OPERATIONS; i++) { CHECK(g->bytes_sent[i] == 0); }
-        int all[8], n = 0;
-        host_all_gather(g, all, &w->rank, sizeof(int));
-        for (int r = 0; r < w->size; r++) {  // its members in the order of the world: in that of replicas, stages and tp_ranks
-            if (x.same(*l, layout_of(r, w->size, tp, pp))) { CHECK(n < g->size && all[n++] == r, "rank %d", r); }
-        }
-        CHECK(n == g->size);
-        Array<double> sum(1);
-        sum.p[0] = ldexp(1.0, w->rank);
-        all_reduce_sum(g, sum.p, 1, NULL);
-        finish();
-        double want = 0.0;
-        for (int i = 0; i < n; i++) { want += ldexp(1.0, all[i]); }
-        CHECK(sum.p[0] == want);
-    }
-    topology_free(&t);
-    CHECK(t.world.size == 0 && t.pipe.size == 0);
-}
-
 static int run_rank(const char* mode, const char* argument, int argc, char** argv) {
     World world = world_init(&argc, &argv);
     const int R = atoi(argument);
     CHECK(world.size == R, "%d ranks", world.size);
     world_select_device(&world);
     use_threads(1);
-    if (strcmp(mode, "topology") == 0) {
-        for (int tp = 1; tp <= R; tp++) {
-            for (int pp = 1; tp * pp <= R; pp++) {
-                if (R % (tp * pp) == 0) { check_topology(&world, tp, pp); }
-            }
-        }
-        world_finalize(&world);
-        return 0;
-    }
     Group group = group_world(&world, true);
-    if (strcmp(mode, "members") == 0) {
-        Group reversed = group_split(&group, 0, -group.rank);
-        check_members(&reversed, "data", group.rank, [](int i) { return i; });
-    }
     if (strcmp(mode, "too many") == 0) {
         Rows rows(&group, 3 * R, 20, BF16, false);
         Array<bf16> whole((size_t)(4 * R * 20));
@@ -473,38 +422,10 @@ static void two_stages_pass_micro_batches_on(void**) { on_ranks(2, "stages", get
 static void three_stages_pass_micro_batches_on(void**) { on_ranks(3, "stages", 60); }
 static void four_stages_pass_micro_batches_on(void**) { on_ranks(4, "stages", 60); }
 
-static void groups_have_the_ranks_that_they_should(void**) {
-    for (int ranks : {1, 2, 3, 4, 6, 8}) { on_ranks(ranks, "topology", 60); }
-}
-
-// Rank = (replica·pp + stage)·tp + tp_rank, each once
-static void layouts_go_through_all_ranks(void**) {
-    for (int dp : {1, 2, 3, 8}) {
-        for (int pp : {1, 2, 5}) {
-            for (int tp : {1, 3, 4}) {
-                int rank = 0;
-                for (int replica = 0; replica < dp; replica++) {
-                    for (int stage = 0; stage < pp; stage++) {
-                        for (int tp_rank = 0; tp_rank < tp; tp_rank++) {
-                            RankLayout l = layout_of(rank, dp * pp * tp, tp, pp);
-                            assert_true(l.dp == dp && l.pp == pp && l.tp == tp && l.replica == replica && l.stage == stage && l.tp_rank == tp_rank);
-                            assert_int_equal(rank_of(&l, replica, stage, tp_rank), rank++);
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
 static void refused(const char* mode, const char* line) {
     if (!can_launch(2)) { skip(); }
     Launched l = expect_ranks(2, mode, "2", NULL, 30, 1);
     expect_line(&l, line);
-}
-
-static void a_group_of_other_ranks_is_refused(void**) {
-    refused("members", "the data group's rank 0 is rank 1 of the run, but should be rank 0; hint: were all ranks started with the same flags?");
 }
 
 static void sums_that_were_not_planned_are_refused(void**) {
@@ -518,8 +439,7 @@ int main(int argc, char** argv) {
         cmocka_unit_test(one_process_keeps_its_rows), cmocka_unit_test(two_ranks_exchange_rows), cmocka_unit_test(three_ranks_exchange_rows),
         cmocka_unit_test(four_ranks_exchange_rows), cmocka_unit_test(eight_ranks_exchange_rows), cmocka_unit_test(one_stage_exchanges_nothing),
         cmocka_unit_test(two_stages_pass_micro_batches_on), cmocka_unit_test(three_stages_pass_micro_batches_on),
-        cmocka_unit_test(four_stages_pass_micro_batches_on), cmocka_unit_test(groups_have_the_ranks_that_they_should),
-        cmocka_unit_test(layouts_go_through_all_ranks), cmocka_unit_test(a_group_of_other_ranks_is_refused),
+        cmocka_unit_test(four_stages_pass_micro_batches_on),
         cmocka_unit_test(sums_that_were_not_planned_are_refused),
     };
     return cmocka_run_group_tests_name("exchange", tests, NULL, NULL);

@@ -119,6 +119,45 @@ static void both_versions_hold_the_same_model(void**) {
     llmc_close(&b);
 }
 
+// A rank of a layer reads its share: rows, of one tensor or of three one below the other, or columns; of the vocabulary perhaps padding alone
+static void ranks_of_a_layer_read_their_shares(void**) {
+    std::vector<char> file = bytes_of(V3);
+    LlmcModel m = llmc_open("--init", V3);
+    for (const Place& t : places(file)) {
+        bool wte = strcmp(t.name, "wte") == 0, qkv = strncmp(t.name, "qkv", 3) == 0;
+        for (TpAxis axis : {TP_ROWS, TP_COLS}) {
+            for (int ranks : {2, 4}) {
+                int segments = qkv && axis == TP_ROWS ? 3 : 1;
+                int64_t rows = wte ? 128 * ranks : t.rows, cols = t.cols;  // the vocabulary with padding of our own
+                bool bias = rows == 1, by_cols = axis == TP_COLS || bias;
+                if ((by_cols ? cols : rows) % (ranks * segments) != 0) { continue; }
+                for (int rank = 0; rank < ranks; rank++) {
+                    Param p = param_of(t, 0);
+                    p.rows = by_cols ? rows : rows / ranks;
+                    p.cols = by_cols ? cols / ranks : cols;
+                    p.tp_axis = axis;
+                    p.tp_rank = rank;
+                    p.tp_ranks = ranks;
+                    p.segments = segments;
+                    p.valid_rows = wte && axis == TP_ROWS ? max_of(min_of(m.vocab - p.rows * rank, p.rows), (int64_t)0) : wte ? m.vocab : p.rows;
+                    std::vector<float> got(param_elements(&p), NAN);
+                    llmc_read(got.data(), &m, &p);
+                    int64_t width = by_cols && !(bias && axis == TP_ROWS) ? cols / ranks : bias ? cols / segments / ranks : 0;
+                    for (int64_t i = 0; i < (int64_t)got.size(); i++) {
+                        int64_t row = i / p.cols, col = i % p.cols;
+                        if (bias && axis == TP_ROWS) { col = col / width * (cols / segments) + rank * width + col % width; }
+                        else if (by_cols) { col += rank * width; }
+                        else { int64_t part = rows / segments / ranks; row = row / part * (rows / segments) + rank * part + row % part; }
+                        double want = wte && row >= m.vocab ? 0.0 : value_at(file, t.first + row * cols + col);
+                        if ((double)got[(size_t)i] != want) { fail_msg("%s, rank %d of %d: element %d is %.9g, not %.9g", t.name, rank, ranks, (int)i, (double)got[(size_t)i], want); }
+                    }
+                }
+            }
+        }
+    }
+    llmc_close(&m);
+}
+
 // Our padding may be longer or shorter than the file's: the rows of the vocabulary are the same, the rest is zero. Fewer positions are
 // the first ones.
 static void another_padding_and_fewer_positions(void**) {
@@ -243,6 +282,7 @@ int main(void) {
         cmocka_unit_test(every_tensor_of_version_5_is_widened),
         cmocka_unit_test(both_versions_hold_the_same_model),
         cmocka_unit_test(another_padding_and_fewer_positions),
+        cmocka_unit_test(ranks_of_a_layer_read_their_shares),
         cmocka_unit_test(missing_files_and_folders_are_refused),
         cmocka_unit_test_setup_teardown(files_that_are_no_models_are_refused, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(files_of_the_wrong_length_are_refused, make_folder, remove_folder),
