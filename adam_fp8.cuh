@@ -315,8 +315,7 @@ struct AdamUpdateNarrow {
         team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) {
             auto w = sw.read(c, count, measured), m1 = sm.read(c, count, measured), v1 = sv.read(c, count, measured);
             auto g = load_as(grad_dtype, g_at, c, count, factor);
-            auto random = decltype(random_pack(key_of_step, c, 0)){};
-            if (draw) { random = random_pack(key_of_step, c, number(here + c.i) - c.i); }
+            auto random = draw ? random_pack(key_of_step, c, number(here + c.i) - c.i) : decltype(random_pack(key_of_step, c, 0)){};
             StateExtents e = adam_step(w, m1, v1, g, a, c1, c2);
             top_w = max_of(top_w, e.w.high);
             top_m = max_of(top_m, e.m.high);

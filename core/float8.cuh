@@ -233,4 +233,6 @@ DEVICE uint32_t random_bits(RandomKey key, uint64_t element) { return random_low
 struct ElementMap {
     uint64_t run, stride, first;
     DEVICE uint64_t operator()(uint64_t i) const { return run == 0 ? i : i / run * stride + first + i % run; }
+    // Are elements i … i+n-1 neighbours in the whole tensor?
+    DEVICE bool together(uint64_t i, uint64_t n) const { return run == 0 || i % run + n <= run; }
 };

@@ -135,9 +135,14 @@ template <class A, Rounding R> struct AddGradient {  // sum = A(([sum·previous 
         ElementMap number = whole;
         uint64_t here = first_element + first;
         int n = piece_length(elements, first);
-        auto at = [=](auto c) { return number(here + c.i) - c.i; };
-        if (add) { team.each(n, [=](auto c) { store_rounded<R>(ps, c, (load(ps, c) * previous + load(pa, c)) * scale, k, at(c)); }); }
-        else { team.each(n, [=](auto c) { store_rounded<R>(ps, c, load(pa, c) * scale, k, at(c)); }); }
+        bool more = add;
+        auto write = [=](auto at) {
+            if (more) { team.each(n, [=](auto c) { store_rounded<R>(ps, c, (load(ps, c) * previous + load(pa, c)) * scale, k, at(c)); }); }
+            else { team.each(n, [=](auto c) { store_rounded<R>(ps, c, load(pa, c) * scale, k, at(c)); }); }
+        };
+        uint64_t first_number = number(here);
+        if (R == NEAREST || number.together(here, (uint64_t)n)) { write([=](auto) { return first_number; }); }  // a division in it, and no compiler vectorises the loop
+        else { write([=](auto c) { return number(here + c.i) - c.i; }); }
     }
 };
 

@@ -900,7 +900,7 @@ static void wrong_specs_and_values_are_refused(void**) {
     DataLoaderConfig config = config_of("spec*.bin", 10);  // 20 windows
     config.ranks = 3;
     config.micro_batch = 7;
-    assert_refused(config, {"'spec*.bin' has 20 windows", "3 ranks x --micro-batch 7 = 21", "--seq-len"});
+    assert_refused(config, {"'spec*.bin' has 20 windows", "3 replicas x --micro-batch 7 = 21", "--seq-len"});
     config.ranks = 5;
     config.micro_batch = 4;
     assert_int_equal(samples_of(config, 1).size(), 1);
