@@ -21,16 +21,16 @@
 #include "core/attention.cuh"    // attention_forward, attention_backward
 #include "core/batch.h"          // a micro-batch on the host
 #include "core/exchange.cuh"     // what ranks of a layer, and stages, send each other
+#include "core/learning_rate.h"  // schedules
 #include "core/log.h"            // log.jsonl, step lines, tables
 #include "core/matmul.cuh"       // matmul
 #include "core/memory.h"         // memory by category
-#include "core/learning_rate.h"  // schedules
 #include "core/model_io.h"       // llm.c's model.bin
 #include "core/options.h"        // the option table
 #include "core/params.h"         // the table of parameters
+#include "core/plan.h"           // GPUs, rooflines, a pipeline's schedule, a plan and how it is printed
 #include "core/presets.h"        // shapes by name
 #include "core/topology.cuh"     // replicas, stages, ranks that share layers
-#include "core/plan.h"           // GPUs, rooflines, a pipeline's schedule, a plan and how it is printed
 #include <algorithm>
 #include <numeric>
 #include <signal.h>

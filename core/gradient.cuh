@@ -117,6 +117,17 @@ struct SumSlot {  // the slot of the sum that is about to be written; its amax i
     }
 };
 
+// f(c, number of element 0) for the elements of a piece: their random bits depend on number + c.i. Where the piece lies together in the whole tensor that
+// is one number, else each range has its own: a division, with which no compiler vectorises the loop.
+template <Rounding R, class Team, class F> DEVICE void each_numbered(Team team, int n, ElementMap number, uint64_t here, F f) {
+    if (R == NEAREST || number.together(here, (uint64_t)n)) {
+        uint64_t first = number(here);
+        team.each(n, [=](auto c) { f(c, first); });
+    } else {
+        team.each(n, [=](auto c) { f(c, number(here + c.i) - c.i); });
+    }
+}
+
 template <class A, Rounding R> struct AddGradient {  // sum = A(([sum·previous descale] + addend)·scale)
     A* sum;
     const float* addend;
@@ -132,17 +143,10 @@ template <class A, Rounding R> struct AddGradient {  // sum = A(([sum·previous 
         const float* pa = addend + first;
         float scale = slot != NULL ? slot[1] : 1.0f, previous = slot != NULL ? slot[2] : 1.0f;
         RandomKey k = key;
-        ElementMap number = whole;
         uint64_t here = first_element + first;
         int n = piece_length(elements, first);
-        bool more = add;
-        auto write = [=](auto at) {
-            if (more) { team.each(n, [=](auto c) { store_rounded<R>(ps, c, (load(ps, c) * previous + load(pa, c)) * scale, k, at(c)); }); }
-            else { team.each(n, [=](auto c) { store_rounded<R>(ps, c, load(pa, c) * scale, k, at(c)); }); }
-        };
-        uint64_t first_number = number(here);
-        if (R == NEAREST || number.together(here, (uint64_t)n)) { write([=](auto) { return first_number; }); }  // a division in it, and no compiler vectorises the loop
-        else { write([=](auto c) { return number(here + c.i) - c.i; }); }
+        if (add) { each_numbered<R>(team, n, whole, here, [=](auto c, uint64_t at) { store_rounded<R>(ps, c, (load(ps, c) * previous + load(pa, c)) * scale, k, at); }); }
+        else { each_numbered<R>(team, n, whole, here, [=](auto c, uint64_t at) { store_rounded<R>(ps, c, load(pa, c) * scale, k, at); }); }
     }
 };
 
@@ -175,9 +179,8 @@ template <class A, Rounding R> struct AddAccumulators {  // sum = A(first + seco
         const A* pa = first + from;
         const A* pb = second + from;
         RandomKey k = key;
-        ElementMap number = whole;
-        uint64_t here = first_element + from;
-        team.each(piece_length(elements, from), [=](auto c) { store_rounded<R>(ps, c, load(pa, c) + load(pb, c), k, number(here + c.i) - c.i); });
+        each_numbered<R>(team, piece_length(elements, from), whole, first_element + from,
+                         [=](auto c, uint64_t at) { store_rounded<R>(ps, c, load(pa, c) + load(pb, c), k, at); });
     }
 };
 

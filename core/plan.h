@@ -98,18 +98,6 @@ struct PlanTraffic {        // bytes that a rank sends in a step
     double gradients, weights, tensor, pipeline;  // by purpose: the former two between replicas, then between ranks of a layer, between stages
 };
 
-// Of two ranks' traffic that of the one that sends more: between replicas, ranks of a layer and stages each by itself
-static inline void plan_keep_most(PlanTraffic* most, const PlanTraffic* t) {
-    bool replicas = t->gradients + t->weights > most->gradients + most->weights, layer = t->tensor > most->tensor, stages = t->pipeline > most->pipeline;
-    for (int i = 0; i < COMM_OPERATIONS; i++) {
-        bool more = tensor_parallel_name(i) != NULL ? layer : i == PIPELINE ? stages : replicas;
-        if (more) { most->operations[i] = t->operations[i]; }
-    }
-    if (replicas) { most->gradients = t->gradients; most->weights = t->weights; }
-    if (layer) { most->tensor = t->tensor; }
-    if (stages) { most->pipeline = t->pipeline; }
-}
-
 // The purposes from the operations
 static inline void plan_sort_traffic(PlanTraffic* t) {
     t->gradients = t->weights = t->tensor = t->pipeline = 0.0;
@@ -117,6 +105,16 @@ static inline void plan_sort_traffic(PlanTraffic* t) {
         double* purpose = tensor_parallel_name(i) != NULL ? &t->tensor : i == WEIGHTS_GATHER ? &t->weights : i == PIPELINE ? &t->pipeline : &t->gradients;
         *purpose += (double)t->operations[i];
     }
+}
+
+// Of two ranks' traffic that of the one that sends more: between replicas, ranks of a layer and stages each by itself
+static inline void plan_keep_most(PlanTraffic* most, const PlanTraffic* t) {
+    bool replicas = t->gradients + t->weights > most->gradients + most->weights, layer = t->tensor > most->tensor, stages = t->pipeline > most->pipeline;
+    for (int i = 0; i < COMM_OPERATIONS; i++) {
+        bool more = tensor_parallel_name(i) != NULL ? layer : i == PIPELINE ? stages : replicas;
+        if (more) { most->operations[i] = t->operations[i]; }
+    }
+    plan_sort_traffic(most);
 }
 
 struct PlanTimes {          // seconds
