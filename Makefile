@@ -13,10 +13,10 @@ endif
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all binary tests experiments config help clean setup test soak demo bench
+.PHONY: all binary tests gpu-programs experiments config help clean setup test soak demo bench gpu-check
 
 # These need no configuration; test, soak, demo and bench first install what is missing and then call make again.
-UNCONFIGURED := help clean setup test soak demo bench
+UNCONFIGURED := help clean setup test soak demo bench gpu-check
 ifneq ($(filter-out $(UNCONFIGURED),$(or $(MAKECMDGOALS),all)),)
 
 quote = '$(subst ','\'',$(1))'
@@ -53,20 +53,28 @@ endif
 LINK := $(CXX) -fopenmp $(SANITIZERS)
 LIBS := $(EXTRA_LDFLAGS) $(DEVICE_LIBS) $(MPI_LIBS) $(JSON_LIBS) -lm
 
-TESTS := $(patsubst test/%.cpp,$(BUILD)/test/%,$(wildcard test/*.cpp))
+# Test programs that are built once more, as simt_NAME: with the kernels' form for GPUs, run and watched on the CPU (test/simt.h)
+SIMT := $(foreach name,simt device fp8_kernels gradient adam_fp8 attention,$(if $(wildcard test/simt_runtime.cpp),$(if $(wildcard test/$(name).cpp),$(name))))
+TESTS := $(patsubst test/%.cpp,$(BUILD)/test/%,$(filter-out test/simt.cpp test/simt_runtime.cpp,$(wildcard test/*.cpp)))
+# What a kernel does not read the compiler must not read ahead of it.
+SIMT_FLAGS := -DSIMT -O1 -fno-tree-vectorize -fno-ssa-phiopt -fno-if-conversion -fno-if-conversion2 -fno-tree-pre -fno-threadsafe-statics -Wno-format-truncation -fsanitize=thread
+SIMT_TESTS := $(SIMT:%=$(BUILD)/test/simt_%)
 EXPERIMENTS := $(patsubst scripts/%.cu,$(BUILD)/scripts/%,$(wildcard scripts/*.cu))
 
 all: train_gpt_fp8 ## the trainer, ./train_gpt_fp8, for the device that was found or asked for
 
 binary: $(BUILD)/train_gpt_fp8 ## the same in its build folder only, leaving ./train_gpt_fp8 as it is
 
-tests: $(TESTS) ## the unit tests' programs, without running them
+tests: $(TESTS) $(if $(filter cpu,$(DEVICE)),$(SIMT_TESTS)) ## the unit tests' programs, without running them
 
-# The programs that scripts/exp*.sh run
+# What scripts/gpu_check.sh runs
+gpu-programs: binary experiments $(addprefix $(BUILD)/test/,$(shell sed -n "s/^programs='\(.*\)'/\1/p" scripts/gpu_check.sh))
+
+# The programs that scripts/exp*.sh and the benches run
 experiments: $(EXPERIMENTS)
 
 config: ## show what was detected and the command lines that follow from it
-	@$(foreach v,DEVICE WHY BUILD CXX NVCC CUDA_HOME GPU_ARCH MPI NCCL ONEDNN JSON COMPILE TEST_CFLAGS LINK LIBS,\
+	@$(foreach v,DEVICE WHY BUILD CXX NVCC CUDA_HOME GPU_ARCH MPI NCCL ONEDNN JSON COMPILE TEST_CFLAGS SIMT LINK LIBS,\
 		printf '%s = %s\n' $(v) $(call quote,$($(v)));)
 
 # ./train_gpt_fp8 is a second name of the last one built; a running one keeps its own file.
@@ -82,14 +90,26 @@ $(BUILD)/%.o: %.cpp $(BUILD)/flags
 	@mkdir -p $(@D) && rm -f $(BUILD)/$*
 	$(COMPILE) $(TEST_CFLAGS) -MMD -MP -MF $(BUILD)/$*.d -c $< -o $@
 
+$(BUILD)/test/simt_runtime.o: test/simt_runtime.cpp $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(COMPILE) -MMD -MP -MF $(BUILD)/test/simt_runtime.d -c $< -o $@
+
+# Instrumented by the compiler; whom the instrumentation calls is simt_runtime.o, not libtsan
+$(BUILD)/test/simt_%.o: test/%.cpp $(BUILD)/flags
+	@mkdir -p $(@D) && rm -f $(BUILD)/test/simt_$*
+	$(COMPILE) $(SIMT_FLAGS) -MMD -MP -MF $(BUILD)/test/simt_$*.d -c $< -o $@
+
 $(BUILD)/train_gpt_fp8 $(EXPERIMENTS): $(BUILD)/%: $(BUILD)/%.o
 	$(LINK) $< -o $@ $(LIBS)
 
 $(TESTS): $(BUILD)/test/%: $(BUILD)/test/%.o
 	$(LINK) $< -o $@ $(LIBS) -lcmocka
 
+$(SIMT_TESTS): $(BUILD)/test/simt_%: $(BUILD)/test/simt_%.o $(BUILD)/test/simt_runtime.o
+	$(LINK) $^ -o $@ $(LIBS) -lcmocka
+
 # Everything compiled depends on this file, which changes when a command line does.
-COMMANDS := $(COMPILE) / $(TEST_CFLAGS) / $(LINK) $(LIBS)
+COMMANDS := $(COMPILE) / $(TEST_CFLAGS) / $(SIMT_FLAGS) / $(LINK) $(LIBS)
 ifneq ($(file <$(BUILD)/flags),$(COMMANDS))
 $(file >$(BUILD)/flags,$(COMMANDS))
 endif
@@ -120,12 +140,17 @@ bench: ## measure this machine: tokens a second, and where the time goes
 	@$(MAKE) --no-print-directory all experiments
 	@scripts/bench.sh
 
+gpu-check: ## on a GPU: is everything right, and how fast is it? Results go to results/
+	@scripts/setup.sh --check || scripts/setup.sh
+	@$(MAKE) --no-print-directory DEVICE=cuda gpu-programs
+	@BUILD=$(or $(BUILD),build/cuda) scripts/gpu_check.sh
+
 clean: ## remove what was built (build/ and ./train_gpt_fp8); texts and runs stay
 	rm -rf build train_gpt_fp8
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile \
-	    | while IFS="$$(printf '\t')" read -r name why; do printf '  make %-8s %s\n' "$$name" "$$why"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile \
+	    | while IFS="$$(printf '\t')" read -r name why; do printf '  make %-9s %s\n' "$$name" "$$why"; done
 	@printf '\nVariables, as in make DEVICE=cpu SANITIZE=address:\n'
 	@printf '  %-29s %s\n' \
 	    'DEVICE=auto|cuda|cpu' 'auto is cuda where nvcc and a GPU are there, else cpu' \

@@ -201,7 +201,7 @@ struct StateView {
             if (count > 0 && team.template leads_block<STATE_BLOCK>()) { exponents[block_of(c)] = (int8_t)exponent_of(scale); }
         }
         RoundStochastic<TURN, N> stochastic = {&random};
-        bool normal = N >= 32 && is_normal(dtype, bits_to_float(e.low) * scale, bits_to_float(e.high) * scale);  // a CPU's blocks: most are
+        bool normal = is_normal(dtype, bits_to_float(e.low) * scale, bits_to_float(e.high) * scale);  // most are
         if (rounding == NEAREST) { store_as(dtype, data, c, count, x, scale, RoundNearest{}); }
         else if (normal) { store_as(dtype, data, c, count, x, scale, RoundNormal<TURN, N>{stochastic}); }
         else { store_as(dtype, data, c, count, x, scale, stochastic); }
@@ -282,7 +282,7 @@ template <class W, class G> struct AdamUpdate {  // one tensor with FP32 states;
 
 // One tensor with states in any formats. Where a state is scaled by tensor two passes are made: the first only measures what the new states would be, the
 // second, with slots made from that, writes them. Everything else takes one. FP32 alone goes through AdamUpdate, which is faster.
-struct AdamUpdateNarrow {
+struct NarrowUpdate {
     StateView master, m, v;
     DType grad_dtype, weight_dtype;
     const char* grad;
@@ -298,12 +298,31 @@ struct AdamUpdateNarrow {
     RandomKey key;                // of this step; what random bits depend on, with
     ElementMap whole;             // the number of an element within the whole tensor,
     size_t first_element;         // from that of the first within this rank's share
+};
+
+// The states of recipe fp8: FP16, E4M3, UE5M3, by block, rounded stochastically
+static inline bool are_fp8_states(const NarrowUpdate* u) {
+    auto is = [](const StateView& s, DType t) { return s.dtype == t && s.rounding == STOCHASTIC && s.exponents != NULL; };
+    return is(u->master, FP16) && is(u->m, E4M3) && is(u->v, UE5M3);
+}
+DEVICE void make_fp8_state(StateView* s, DType t) {
+    s->dtype = t;
+    s->rounding = STOCHASTIC;
+    s->slot = NULL;
+}
+
+template <bool FP8_STATES> struct AdamUpdateNarrow : NarrowUpdate {  // FP8_STATES: the formats are known to the compiler
     template <class Team> DEVICE void operator()(Team team, int piece) const {
         if (!state->apply) { return; }
         size_t first = (size_t)piece * PIECE;
         uint64_t here = first_element + first;
         ElementMap number = whole;
         StateView sw = from_element(master, first), sm = from_element(m, first), sv = from_element(v, first);
+        if (FP8_STATES) {
+            make_fp8_state(&sw, FP16);
+            make_fp8_state(&sm, E4M3);
+            make_fp8_state(&sv, UE5M3);
+        }
         const char* g_at = grad + first * (size_t)dtype_bytes(grad_dtype);
         char* w_at = weight == NULL ? NULL : weight + first * (size_t)dtype_bytes(weight_dtype);
         AdamRates a = rates;
@@ -615,8 +634,8 @@ static inline void update_fp32(const Optimizer* o, const Param* p, AdamRates rat
 }
 
 // `step`: what the random bits of this step depend on
-static inline AdamUpdateNarrow narrow_update(const Optimizer* o, const Param* p, AdamRates rates, uint64_t step) {
-    AdamUpdateNarrow update = {};
+static inline NarrowUpdate narrow_update(const Optimizer* o, const Param* p, AdamRates rates, uint64_t step) {
+    NarrowUpdate update = {};
     update.master = view_of(&p->master, o->config.master_rounding);
     update.m = view_of(&p->m, o->config.moment_rounding);
     update.v = view_of(&p->v, o->config.moment_rounding);
@@ -631,6 +650,11 @@ static inline AdamUpdateNarrow narrow_update(const Optimizer* o, const Param* p,
     update.whole = whole_elements(p);
     update.first_element = p->own_first;
     return update;
+}
+
+static inline void run_update(const NarrowUpdate& u, Stream s) {
+    int pieces = pieces_of(u.elements);
+    if (are_fp8_states(&u)) { run_rows(AdamUpdateNarrow<true>{u}, pieces, s); } else { run_rows(AdamUpdateNarrow<false>{u}, pieces, s); }
 }
 
 // Second: the update of what this rank keeps. In one pass; or two, where a scale depends on the whole tensor: of states that are scaled by tensor, which the
@@ -652,11 +676,11 @@ static inline void optimizer_update(Optimizer* o, ParamTable* table, AdamRates r
         two_passes |= fp8 || by_tensor;
         if (p->own_count == 0) { continue; }
         if (states_in_fp32(p)) { update_fp32(o, p, rates_of(p), amaxes, s); continue; }
-        AdamUpdateNarrow update = narrow_update(o, p, rates_of(p), step);
+        NarrowUpdate update = narrow_update(o, p, rates_of(p), step);
         update.amaxes = amaxes;
         update.measure = by_tensor;
         update.weight = fp8 || master_is_weight(p) ? NULL : (char*)own_weight(p);
-        run_rows(update, pieces_of(p->own_count), s);
+        run_update(update, s);
     }
     if (!two_passes) { return; }
     share_amaxes(o, table, s);
@@ -667,11 +691,11 @@ static inline void optimizer_update(Optimizer* o, ParamTable* table, AdamRates r
         run_rows(StateSlots{{p->master.slot, p->m.slot, p->v.slot, fp8 ? p->slot : NULL},
                             {largest_of(p->master.dtype), largest_of(p->m.dtype), largest_of(p->v.dtype), largest_of(p->dtype)}, amaxes_of(o, table, p), &o->state->apply}, 4, s);
         if (p->own_count == 0) { continue; }
-        AdamUpdateNarrow update = narrow_update(o, p, rates_of(p), step);
+        NarrowUpdate update = narrow_update(o, p, rates_of(p), step);
         update.measured = true;
         update.weight = master_is_weight(p) ? NULL : (char*)own_weight(p);
         update.weight_scale = fp8 ? p->slot + 1 : NULL;
-        run_rows(update, pieces_of(p->own_count), s);
+        run_update(update, s);
     }
     weights_from_masters(o, table, &o->state->apply, s);
 }

@@ -13,6 +13,7 @@
 #include "core/exchange.cuh"  // ranks that share a scale
 #include "core/gradient.cuh"     // formats of gradients, slots; Team, load, store, run_rows
 #include "core/profile.h"        // ProfileScope
+#include "core/tiles.cuh"        // the GPU's form of some kernels
 #include <type_traits>
 
 constexpr int AMAX_WINDOW = 16;  // steps of history, as in MS-AMP
@@ -21,9 +22,11 @@ constexpr float LAYERNORM_EPS = 1e-5f;
 
 // A tensor that is an input of a matmul
 struct Tensor {
-    void* data;
+    void* data;     // (rows, C)
     DType dtype;
-    float* slot;  // FP8: {descale, scale, 0, 0}; NULL otherwise
+    float* slot;    // FP8: {descale, scale, 0, 0}; NULL otherwise
+    void* turned = NULL;  // (C, turned_ld) FP8 on GPUs whose units want operands along the dimension that is summed over: the same transposed; NULL otherwise
+    int64_t turned_ld = 0;  // bytes between its rows; 0: there is none
 };
 
 // ---- types chosen at run time ----
@@ -42,21 +45,46 @@ template <class F> static inline void with_types(DType t, DType d, F f) {
 template <class T> struct TensorSource {  // x
     const T* x;
     struct Row {
+        static constexpr bool STORED = true;  // its elements are those of T at x
         const T* x;
         template <int N> DEVICE Vec<N> operator()(Range<N> c) const { return load(x, c); }
     };
     DEVICE Row row(size_t r, int C) const { return Row{x + r * C}; }
 };
 
-DEVICE float gelu_inner(float x) { return 1.5957691216f * (x + 0.044715f * x * x * x); }  // 2 √(2/π) (x + 0.044715 x³)
+DEVICE float gelu_inner(float x) {  // 2 √(2/π) (x + 0.044715 x³)
+#ifdef __CUDA_ARCH__
+    return fma_of(0.0713548163f, x * x, 1.5957691216f) * x;  // fewer instructions, not quite the CPU's bits
+#else
+    return 1.5957691216f * (x + 0.044715f * x * x * x);
+#endif
+}
+
+DEVICE float gelu_of(float x) {
+#ifdef __CUDA_ARCH__
+    return x * logistic_near(gelu_inner(x));
+#else
+    return x / (1.0f + exp_of(-gelu_inner(x)));
+#endif
+}
+DEVICE float gelu_slope(float x) {
+    float s = logistic_near(gelu_inner(x));
+#ifdef __CUDA_ARCH__
+    float xs = x * s;
+    return fma_of(fma_of(-s, xs, xs), fma_of(0.2140644488f, x * x, 1.5957691216f), s);
+#else
+    return s + x * s * (1.0f - s) * (1.5957691216f * (1.0f + 0.134145f * x * x));
+#endif
+}
 
 template <class T> struct GeluSource {    // GELU, tanh form: x·(1 + tanh(u))/2 = x / (1 + e^(-2u))
     const T* x;
     struct Row {
+        static constexpr bool STORED = false;
         const T* x;
         template <int N> DEVICE Vec<N> operator()(Range<N> c) const {
             Vec<N> v = load(x, c);
-            return Vec<N>::map([&](int k) { float a = v.v[k]; return a / (1.0f + exp_of(-gelu_inner(a))); });
+            return Vec<N>::map([&](int k) { return gelu_of(v.v[k]); });
         }
     };
     DEVICE Row row(size_t r, int C) const { return Row{x + r * C}; }
@@ -66,16 +94,12 @@ template <class T> struct GeluGradSource {  // dy · GELU'(x); with s = 1/(1 + e
     const T* dy;
     const T* x;
     struct Row {
+        static constexpr bool STORED = false;
         const T* dy;
         const T* x;
         template <int N> DEVICE Vec<N> operator()(Range<N> c) const {
             Vec<N> v = load(x, c), d = load(dy, c);
-            return Vec<N>::map([&](int k) {
-                float a = v.v[k];
-                float s = 1.0f / (1.0f + exp_of(-gelu_inner(a)));
-                float slope = 1.5957691216f * (1.0f + 0.134145f * a * a);
-                return d.v[k] * (s + a * s * (1.0f - s) * slope);
-            });
+            return Vec<N>::map([&](int k) { return d.v[k] * gelu_slope(v.v[k]); });
         }
     };
     DEVICE Row row(size_t r, int C) const { return Row{dy + r * C, x + r * C}; }
@@ -88,6 +112,7 @@ template <class T> struct LayerNormSource {  // (x - mean)·rstd·gain + bias
     const T* gain;       // (C)
     const T* bias;       // (C)
     struct Row {
+        static constexpr bool STORED = false;
         const T* x;
         const T* gain;
         const T* bias;
@@ -171,9 +196,23 @@ struct FinishColumns {  // grad (C) = [grad +] Σ over strips of partial (strips
 };
 
 static inline int strips_of(int rows) { return ceil_div(rows, STRIP); }
+// Of LayerNorm's backward pass; at most, on either device
+static inline int most_norm_strips(int rows) { return ceil_div(rows, STRIP / 2); }
+static inline int norm_strips_of(int rows, int C) {
+#ifdef GPU_FORM
+    static_assert(NORM_ROWS == STRIP / 2, "the workspace is sized by it");
+    if (row_packs(C) > 0) { return most_norm_strips(rows); }
+#endif
+    (void)C;
+    return strips_of(rows);
+}
 
 // grad (C) = [grad +] column sums of the strips
 static inline void finish_columns(float* grad, const float* partial, int strips, int C, bool accumulate, Stream s) {
+#ifdef GPU_FORM
+    launch(finish_columns_kernel, dim3((unsigned)ceil_div(C, 32)), dim3(256), 0, s, grad, partial, strips, C, accumulate);
+    return;
+#endif
     run_rows(FinishColumns{grad, partial, strips, C, accumulate}, ceil_div(C, COLUMN_TILE), s);
 }
 
@@ -231,8 +270,15 @@ struct Quantisation {
     RowExchange* sharers;  // with the ranks that hold the rest of the tensor: a just-in-time scale is that of all of it; NULL = there are none
 };
 
+// y (rows, C), and `turned` (C, turned_ld), which only GPUs make
 template <class T, class D, class Source>
-static inline void produce_launch(D* y, uint32_t* amax, float* partial, Source source, const float* scale, int rows, int C, Stream s) {
+static inline void produce_launch(D* y, uint32_t* amax, float* partial, Source source, const float* scale, int rows, int C, Stream s, void* turned = NULL, int64_t turned_ld = 0) {
+#ifdef GPU_FORM
+    static_assert(TILE_ROWS == STRIP, "both sum over strips of the same rows");
+    launch_tiles(ProduceTile<T, D, Source>{y, (uint8_t*)turned, turned_ld, amax, partial, source, scale, rows, C}, s);
+    return;
+#endif
+    if (turned != NULL || turned_ld != 0) { die("no transposed matmul inputs are made on a CPU"); }
     if (partial != NULL) { run_rows(ProduceWithBias<T, D, Source>{y, amax, partial, source, scale, rows, C}, strips_of(rows), s); }
     else { run_rows(Produce<T, D, Source>{y, amax, source, scale, C}, rows, s); }
 }
@@ -252,7 +298,7 @@ static inline void quantise_just_in_time(Tensor out, D* y, const T* x, uint32_t*
     if (q.sharers != NULL) { rows_max(q.sharers, q.sites->current, 1, s); }
     run_rows(SetSlot{out.slot, q.sites->current, largest_of(out.dtype)}, 1, s);
     if (recorded != NULL) { run_rows(MergeAmax{recorded, q.sites->current}, 1, s); }
-    produce_launch<T>(y, (uint32_t*)NULL, (float*)NULL, TensorSource<T>{x}, out.slot + 1, rows, C, s);
+    produce_launch<T>(y, (uint32_t*)NULL, (float*)NULL, TensorSource<T>{x}, out.slot + 1, rows, C, s, out.turned, out.turned_ld);
 }
 
 // out (rows, C) = the source in out.dtype. `partial`: (strips, C), takes the column sums by strip; NULL = not wanted. `raw`: (rows, C) of the
@@ -276,7 +322,7 @@ static inline void produce(Tensor out, float* partial, MakeSource make, DType ac
         uint32_t* recorded = q.record ? q.sites->amax + q.site : NULL;
         if (q.keep_scale || !q.just_in_time) {
             if (!q.keep_scale) { device_copy(out.slot, q.sites->slots + 4 * q.site, 16, s); }
-            produce_launch<T>(y, recorded, partial, source, out.slot + 1, rows, C, s);
+            produce_launch<T>(y, recorded, partial, source, out.slot + 1, rows, C, s, out.turned, out.turned_ld);
             return;
         }
         device_zero(q.sites->current, sizeof(uint32_t), s);
@@ -357,8 +403,17 @@ static inline void layernorm_forward(Tensor out, LayerNormInputs in, DType act, 
         uint32_t* recorded = quantised && q.record ? q.sites->amax + q.site : NULL;
         auto launch_as = [&](auto* y, uint32_t* amax, const float* scale) {
             typedef typename std::remove_pointer<decltype(y)>::type Y;
-            run_rows(LayerNormForward<T, Y>{(T*)in.sum, y, amax, in.mean, in.rstd, (const T*)in.x, (const T*)in.delta, (const T*)in.gain,
-                                            (const T*)in.bias, scale, C}, rows, s);
+            LayerNormForward<T, Y> op = {(T*)in.sum, y, amax, in.mean, in.rstd, (const T*)in.x, (const T*)in.delta, (const T*)in.gain, (const T*)in.bias, scale, C};
+#ifdef GPU_FORM
+            int packs = row_packs(C);
+            if (packs > 0 && rows > 0) {
+                with_row_packs(packs, [&](auto n) {
+                    launch(layernorm_forward_kernel<decltype(n)::value, T, Y, LayerNormForward<T, Y>>, dim3((unsigned)rows), dim3((unsigned)row_threads(C, packs)), 0, s, op, LAYERNORM_EPS);
+                });
+                return;
+            }
+#endif
+            run_rows(op, rows, s);
         };
         if (jit) {
             device_zero(q.sites->current, sizeof(uint32_t), s);
@@ -413,16 +468,26 @@ template <class T> struct LayerNormBackward {  // dx (rows, C) [+]= …; partial
     }
 };
 
-// dx (rows, C) [+]= the LayerNorm's input gradient; dgain, dbias (C) [+]=. `partial`: (2, strips, C) floats of workspace.
+// dx (rows, C) [+]= the LayerNorm's input gradient; dgain, dbias (C) [+]=. `partial`: (2, most_norm_strips, C) floats of workspace.
 static inline void layernorm_backward(void* dx, float* dgain, float* dbias, float* partial, const void* dy, LayerNormInputs in, DType act,
                                       bool accumulate_dx, bool accumulate_grads, int rows, int C, Stream s) {
     ProfileScope scope("layernorm backward");
-    int strips = strips_of(rows);
+    int strips = norm_strips_of(rows, C);
     float* second = partial + (size_t)strips * C;
     with_type(act, [&](auto t) {
         typedef typename decltype(t)::type T;
-        run_rows(LayerNormBackward<T>{(T*)dx, partial, second, (const T*)dy, (const T*)in.x, in.mean, in.rstd, (const T*)in.gain, rows, C,
-                                      accumulate_dx}, strips, s);
+        LayerNormBackward<T> op = {(T*)dx, partial, second, (const T*)dy, (const T*)in.x, in.mean, in.rstd, (const T*)in.gain, rows, C, accumulate_dx};
+#ifdef GPU_FORM
+        int packs = row_packs(C);
+        if (packs > 0 && rows > 0) {
+            with_row_packs(packs, [&](auto n) {
+                constexpr int PACKS = decltype(n)::value, AT_ONCE = PACKS == 1 ? 4 : PACKS == 2 ? 2 : 1;
+                launch(layernorm_backward_kernel<PACKS, AT_ONCE, T, LayerNormBackward<T>>, dim3((unsigned)strips), dim3((unsigned)row_threads(C, packs)), 0, s, op);
+            });
+            return;
+        }
+#endif
+        run_rows(op, strips, s);
     });
     finish_columns(dgain, partial, strips, C, accumulate_grads, s);
     finish_columns(dbias, second, strips, C, accumulate_grads, s);
@@ -465,6 +530,7 @@ struct TokenGroups {
     int* first;   // (groups + 1) where each group starts in `order`
     int* token;   // (groups)
     int groups;
+    int* count;   // (1) how many there are, where kernels are launched for as many as there may be; else NULL
 };
 
 template <class T, class A, Rounding R> struct EmbeddingBackward {  // dwte[token] += Σ dx[positions of the token], in FP32, rounded once
@@ -475,6 +541,7 @@ template <class T, class A, Rounding R> struct EmbeddingBackward {  // dwte[toke
     int first;           // the token of row 0
     int C;
     template <class Team> DEVICE void operator()(Team team, int group) const {
+        if (g.count != NULL && group >= *g.count) { return; }
         size_t token = (size_t)g.token[group], element = token * C;  // of the whole table
         A* d = dwte + (token - first) * C;
         const T* x = dx;
@@ -483,7 +550,12 @@ template <class T, class A, Rounding R> struct EmbeddingBackward {  // dwte[toke
         RandomKey k = key;
         team.each(n, [=](auto c) {
             auto total = load(d, c);
-            for (int i = k0; i < k1; i++) { total = total + load(x + (size_t)order[i] * n, c); }
+            int i = k0;
+            for (; i + 4 <= k1; i += 4) {  // four loads under way at once, added in the same order
+                auto a = load(x + (size_t)order[i] * n, c), b = load(x + (size_t)order[i + 1] * n, c), e = load(x + (size_t)order[i + 2] * n, c);
+                total = total + a + b + e + load(x + (size_t)order[i + 3] * n, c);
+            }
+            for (; i < k1; i++) { total = total + load(x + (size_t)order[i] * n, c); }
             store_rounded<R>(d, c, total, k, element);
         });
     }
@@ -532,7 +604,7 @@ template <class T> struct LogitStatistics {
         int n = valid;
         float top = team.max(padded, [=](auto c) { return mask(load(zr, c), c, n, -FLT_MAX); });
         top = top < -FLT_MAX ? -FLT_MAX : top;  // none of these tokens can come, but one of another rank may
-        float total = team.sum(padded, [=](auto c) { return mask(exp_of(load(zr, c) - top), c, n, 0.0f); });
+        float total = team.sum(padded, [=](auto c) { return mask(exp_near(load(zr, c) - top), c, n, 0.0f); });
         if (!team.leads()) { return; }
         int target = own_token(targets[row], first, valid);
         float* s = stats + (size_t)row * LOGIT_STATISTICS;
@@ -568,7 +640,7 @@ template <class T> struct CrossEntropy {  // per row: loss = logsumexp(z) - z[ta
         int n = valid, target = own_token(targets[row], first, valid);
         float w = weight, p = w / total;
         team.each(padded, [=](auto c) {
-            auto d = mask(exp_of(load(zr, c) - top) * p, c, n, 0.0f);
+            auto d = mask(exp_near(load(zr, c) - top) * p, c, n, 0.0f);
             store(zr, c, subtract_at(d, c, target, w));
         });
     }

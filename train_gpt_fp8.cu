@@ -41,6 +41,7 @@ enum Recipe { RECIPE_FP8, RECIPE_FP8_LM, RECIPE_BF16, RECIPE_FP32 };
 enum FP8Format { FORMAT_E4M3, FORMAT_E5M2 };
 enum GradFormat { GRAD_FP32, GRAD_BF16, GRAD_E4M3, GRAD_E5M2 };
 enum OptBlock { BLOCK_TENSOR, BLOCK_128 };
+enum AlgorithmChoice { ALGORITHM_TIMED, ALGORITHM_LIBRARY };
 enum StateFormat { STATE_FP32, STATE_BF16, STATE_FP16, STATE_E4M3, STATE_E5M2, STATE_UE5M3 };  // as in DType
 
 static const DType grad_formats[] = {FP32, BF16, E4M3, E5M2};  // by GradFormat
@@ -66,6 +67,7 @@ struct Args {
     FP8Scaling fp8_scaling = SCALING_DELAYED;
     FP8Format fp8_fwd = FORMAT_E4M3, fp8_bwd = FORMAT_E5M2;
     Bf16Layers bf16_layers = {0, 0};
+    int64_t fp8_min_size = 0;
     GradFormat grad_dtype = GRAD_E4M3, grad_accum_dtype = GRAD_BF16;
     GradScaling grad_scaling = SCALING_AUTO;
     GradReduce grad_reduce = REDUCE_DIRECT;
@@ -77,9 +79,11 @@ struct Args {
     ZeroSplit zero_split = SPLIT_FLAT;
     int64_t val_every = 250, val_batches = 20, sample_every = 0, sample_len = 64;
     int64_t seed = 1337;
+    AlgorithmChoice matmul_choice = ALGORITHM_TIMED;
+    const char* matmul_cache = NULL;
     bool staged = false, profile = false, log_tensors = false;
     int64_t tp = 1, pp = 1, world = 0;
-    bool plan = false, json = false;
+    bool plan = false, json = false, kernels = false;
     GpuChoice gpu = GPU_H100;
 };
 
@@ -173,11 +177,12 @@ static void option_table(OptionTable* t, Args* a) {
         option_choice("fp8-fwd", NULL, &a->fp8_fwd, "e4m3|e5m2", "F", "format of X"),
         option_choice("fp8-bwd", NULL, &a->fp8_bwd, "e4m3|e5m2", "F", "format of dY"),
         option_custom("bf16-layers", NULL, &a->bf16_layers, parse_bf16_layers, print_bf16_layers, "first:N,last:M", "layers left in BF16 under recipes fp8 and fp8-lm"),
+        option_int("fp8-min-size", NULL, &a->fp8_min_size, 0, 1 << 20, "N", "linear layers whose weight, of all ranks together, is smaller than N × N are left in BF16"),
         option_choice("grad-dtype", NULL, &a->grad_dtype, "fp32|bf16|e4m3=fp8|e5m2", "F", "weight gradients on the wire; vectors travel in FP32", "by --recipe"),
         option_choice("grad-reduce", NULL, &a->grad_reduce, "ring|direct", "A", "ring: adds codes, rounded at every hop; direct: the owner of a part adds all replicas' in FP32", "by --recipe; direct where other recipes send FP8"),
         option_choice("grad-scaling", NULL, &a->grad_scaling, "pre|post|sqrt|auto", "S", "headroom of an FP8 ring of N replicas: 1/N, 1, 1/sqrt(N), or as the paper adapts it", "auto"),
         option_choice("grad-accum-dtype", NULL, &a->grad_accum_dtype, "fp32|bf16|e4m3=fp8", "F", "weight gradients while micro-batches are added up; for e4m3 embeddings take bf16", "by --recipe"),
-        option_choice("grad-accum-rounding", NULL, &a->grad_accum_rounding, "nearest|stochastic", "R", "of accumulators below FP32", "stochastic; nearest for e4m3"),
+        option_choice("grad-accum-rounding", NULL, &a->grad_accum_rounding, "nearest|stochastic", "R", "of accumulators below FP32", "nearest; stochastic for bf16 from 65 micro-batches on"),
         option_choice("master-dtype", NULL, &a->master_dtype, "fp32|bf16|fp16|e4m3|e5m2", "F", "master weights of matrices; FP16 and FP8 have scales", "by --recipe"),
         option_choice("m-dtype", NULL, &a->m_dtype, "fp32|bf16|fp16|e4m3|e5m2", "F", "AdamW's first moment", "by --recipe"),
         option_choice("v-dtype", NULL, &a->v_dtype, "fp32|bf16|fp16|e4m3|e5m2|ue5m3", "F", "AdamW's second moment; ue5m3: no sign, E5M2's range, E4M3's unit", "by --recipe"),
@@ -201,9 +206,12 @@ static void option_table(OptionTable* t, Args* a) {
         option_flag("profile", NULL, &a->profile, "print time by operation at the end"),
         option_group("Run"),
         option_int("seed", NULL, &a->seed, 0, INT64_MAX, "N", "of initial weights, data order and samples"),
+        option_choice("matmul-choice", NULL, &a->matmul_choice, "timed|library", "C", "GPUs: cuBLASLt's algorithms: the fastest, timed at the first start and kept, or the one it names first"),
+        option_string("matmul-cache", NULL, &a->matmul_cache, 1, "FILE", "GPUs: where timed choices are kept; none: nowhere, timed at each start", "matmul-GPU-VERSION.txt in ~/.cache/train_gpt_fp8"),
         option_group("Planning"),
         option_flag("plan", NULL, &a->plan, "print memory, traffic and time of these flags, beside BF16's, and end; needs no data, GPU or MPI"),
         option_flag("json", NULL, &a->json, "the plan as one JSON object"),
+        option_flag("kernels", NULL, &a->kernels, "with it every kernel of a micro-batch: launches, bytes, operations, least time"),
         option_int("world", NULL, &a->world, 1, 1 << 14, "N", "ranks of the planned run", "those that were launched, at least tp × pp"),
         option_choice("gpu", NULL, &a->gpu, GPU_CHOICES, "G", "what the plan is for; none: this CPU, to the byte what a run takes"),
     };
@@ -224,8 +232,9 @@ struct GptConfig {
     int B;                    // sequences of a micro-batch
     int recompute;
     DType act;                // activations, embeddings, vectors
-    bool fp8;                 // matrices in FP8, but for the first and last layers
+    bool fp8;                 // matrices in FP8, but for the first and last layers and small ones (matrix_in_fp8)
     Bf16Layers bf16_layers;
+    int64_t fp8_min_size;     // matrices of fewer elements than its square are left in BF16
     FP8Scaling scaling;
     DType fp8_fwd, fp8_bwd;   // of X and of dY
     DType accum, wire;        // gradients of matrices: while micro-batches are added up; between ranks
@@ -248,11 +257,21 @@ static bool is_last_stage(const GptConfig* c) { return c->layout.stage == c->lay
 static int own_width(const GptConfig* c) { return c->width / c->layout.tp; }         // of a rank's heads
 static int own_rows_of(const GptConfig* c, int B) { return B * c->T / c->layout.tp; }  // of the residual stream
 
+// Is a matrix of whole shape (rows, cols) in layer `number` of the model an operand in FP8? By its whole shape, so that what is computed does not depend
+// on how many ranks share a layer
+static bool matrix_in_fp8(const GptConfig* c, int number, int64_t rows, int64_t cols) {
+    bool inside = number >= c->bf16_layers.first && number < c->layers - c->bf16_layers.last;
+    return c->fp8 && inside && rows * cols >= c->fp8_min_size * c->fp8_min_size;
+}
+// The same of one that is in the table, and what follows from it: the types of its layer's X and of dY
+static bool in_fp8(const Param* w) { return is_fp8(w->dtype); }
+static DType x_type(const GptConfig* c, const Param* w) { return in_fp8(w) ? c->fp8_fwd : c->act; }
+static DType dy_type(const GptConfig* c, const Param* w) { return in_fp8(w) ? c->fp8_bwd : c->act; }
+
 // Places where a layer quantises a matmul input: X of its four linear layers, and their dY
 enum Site { X_QKV, X_PROJ, X_FC, X_FCPROJ, DY_QKV, DY_PROJ, DY_FC, DY_FCPROJ, SITES_PER_LAYER };
 
 struct Layer {
-    bool fp8;
     // parameters; Ci: of C channels those of this rank of tp
     Param *ln1w, *ln1b;          // (C)
     Param *qkvw, *qkvb;          // (3Ci, C), (3Ci)
@@ -268,7 +287,8 @@ struct Layer {
     Tensor x_qkv;                // (own, C) LayerNorm 1's output; shared between layers at --recompute 2
     void* qkv;                   // (B, T, 3Ci)
     float* lse;                  // (B, heads, T) logsumexp of the scores
-    Tensor x_proj;               // (B, T, Ci) attention's output
+    void* attention;             // (B, T, Ci) attention's output, where it is kept: if backward reads it, or the projection takes it as it is
+    Tensor x_proj;               // (B, T, Ci) the same as the projection takes it; shared where it is kept in `attention` and quantised again
     Tensor x_fc;                 // (own, C) LayerNorm 2's output; shared at --recompute 2
     void* fc;                    // (B, T, 4Ci) before GELU
     Tensor x_fcproj;             // (B, T, 4Ci) after GELU; shared from --recompute 1 on
@@ -283,6 +303,7 @@ struct Model {
     Layer* layers;               // of the micro-batch that is worked on
     Reduction reduction;         // the gradients
     int64_t micro_steps;         // this rank's so far
+    int64_t first_micro_step;    // of this step
     Optimizer optimizer;
     Sites sites;
     int steps_recorded;          // of amaxes: below AMAX_WINDOW the scales are made just in time
@@ -299,7 +320,7 @@ struct Model {
     StageExchange stages;
     Tensor dy;                   // (B, T, 4Ci), or (B, T, C) of all ranks' rows: FP8 output gradient
     float* partial;              // sums by column and strip
-    float* dw;                   // (dw_elements) a weight gradient of one micro-batch, or some of its rows, before it is added to its accumulator
+    void* dw;                    // (dw_elements) of the activations' type: a weight gradient of one micro-batch, or some of its rows, before it is added up
     size_t dw_elements;
     void* logits;                // (head_rows, this rank's part of padded_vocab)
     float* logit_statistics;     // (tp, head_rows, 3), and this rank's own behind them
@@ -313,13 +334,16 @@ struct Model {
     Attention attention;
     Matmul matmul;
     Stream stream;
-    StepRecord* record;          // pinned: arrives with record_ready
+    Graph graphs[2][2];          // of a micro-batch, the first of a step or another, with scales just in time or not; NULL: not made yet
+    StepRecord* record;          // pinned: arrives with the end of the step
     TensorStatistics* statistics;  // (params) pinned: likewise
-    Event record_ready;
+    struct { Event began, ended; } steps[2];  // timed, of the last two steps: the one that is launched now, and the one before
+    int64_t step;                // of them
 };
 
+constexpr int FEW_MICRO_BATCHES = 64;
 constexpr size_t LOGITS_BYTES = (size_t)128 << 20;  // at most, of logits at a time
-constexpr size_t HEAD_GRADIENT_BYTES = (size_t)32 << 20;  // about, of the head's FP32 gradient at a time, where it is added to a narrower one
+constexpr size_t GRADIENT_BYTES = (size_t)32 << 20;  // about, of a weight's gradient at a time, where it is added up apart
 
 static int rows_of(const Model* m) { return m->config.B * m->config.T; }
 static size_t wide_bytes(const Model* m) { return (size_t)rows_of(m) * 4 * (size_t)own_width(&m->config) * (size_t)dtype_bytes(m->config.act); }
@@ -343,7 +367,8 @@ static Param* add_layer_param(Model* m, int l, const char* name, int64_t rows, i
     char full[32];
     int number = first_layer(&m->config) + l;
     snprintf(full, sizeof(full), "h%d.%s", number, name);
-    Param* p = add_model_param(m, full, number, rows, cols, f, axis, f == MATRIX && m->layers[l].fp8 ? E4M3 : m->config.act);
+    bool fp8 = f == MATRIX && matrix_in_fp8(&m->config, number, rows, cols);
+    Param* p = add_model_param(m, full, number, rows, cols, f, axis, fp8 ? E4M3 : m->config.act);
     p->init_std = init_std;
     p->init_value = init_value;
     return p;
@@ -377,8 +402,6 @@ static void build_params(Model* m) {
     m->params.next_number = (c->rope ? 1 : 2) + 12 * first_layer(c);  // as one rank would count
     for (int l = 0; l < stage_layers(c); l++) {
         Layer* y = &m->layers[l];
-        int number = first_layer(c) + l;
-        y->fp8 = c->fp8 && number >= c->bf16_layers.first && number < c->layers - c->bf16_layers.last;
         y->ln1w = add_layer_param(m, l, "ln1w", 1, C, VECTOR, TP_WHOLE, 0.0f, 1.0f);
         y->ln1b = add_layer_param(m, l, "ln1b", 1, C, VECTOR, TP_WHOLE, 0.0f, 0.0f);
         y->qkvw = add_layer_param(m, l, "qkvw", 3 * C, C, MATRIX, TP_ROWS, std, 0.0f);
@@ -455,14 +478,14 @@ static MatmulCall linear_input_call(const Model* m, void* dx, Tensor dy, const P
     return c;
 }
 // rows `first` … first+n-1 of dw (N, K) [+]= dyᵀ · x
-static MatmulCall linear_weight_call(float* dw, Tensor dy, Tensor x, const Param* w, int first, int n, int rows, bool accumulate) {
+static MatmulCall linear_weight_call(void* dw, DType dw_type, Tensor dy, Tensor x, const Param* w, int first, int n, int rows, bool accumulate) {
     MatmulCall c = {};
-    dy.data = advance(dy.data, dy.dtype, (size_t)first);
     c.d = dw;
-    c.d_dtype = FP32;
+    c.d_dtype = dw_type;
     c.d_ld = w->cols;
-    c.a = operand(dy, w->rows, true);
-    c.b = operand(x, w->cols, false);
+    c.a = dy.turned_ld > 0 ? Operand{(char*)dy.turned + (size_t)first * (size_t)dy.turned_ld, dy.dtype, dy.slot, dy.turned_ld, 0, false}
+                           : Operand{advance(dy.data, dy.dtype, (size_t)first), dy.dtype, dy.slot, w->rows, 0, true};
+    c.b = x.turned_ld > 0 ? Operand{x.turned, x.dtype, x.slot, x.turned_ld, 0, true} : operand(x, w->cols, false);
     c.m = n;
     c.n = (int)w->cols;
     c.k = rows;
@@ -487,28 +510,35 @@ static RandomKey gradient_key(const Model* m, const Param* p, int event) {
 }
 constexpr int EMBEDDING_EVENT = 1 << 30, TIED_EVENT = EMBEDDING_EVENT + 1;  // after the head's, which number its chunks
 
+// Does the matmul itself add up the gradient of w, rounding each sum to nearest? Else a kernel does
+static bool matmul_adds(const Model* m, const Param* w) {
+    return w->accum == FP32 || (w->accum == m->config.act && m->config.accum_rounding == NEAREST);
+}
+
 // How many rows of w's gradient are made at a time: all, but of a head whose FP32 gradient would be large
 static int gradient_rows(const Model* m, const Param* w) {
-    if (w->accum == FP32 || param_elements(w) <= m->dw_elements) { return (int)w->rows; }
+    if (matmul_adds(m, w) || param_elements(w) <= m->dw_elements) { return (int)w->rows; }
     return (int)max_of((int64_t)m->dw_elements / w->cols / 16 * 16, (int64_t)16);
 }
 
-// The gradient of w (N, K) [+]= dyᵀ · x: by the matmul itself in FP32, else through m->dw. `more`: added to what this micro-batch gave before
+// The gradient of w (N, K) [+]= dyᵀ · x: by the matmul itself where it can, as it can of the first that is added up; else through m->dw. `more`: added to what
+// this micro-batch gave before
 static void weight_gradient(Model* m, const Param* w, Tensor dy, Tensor x, int rows, bool more, int event) {
     bool accumulate = more || adds(m, w);
-    if (w->accum == FP32) {
-        MatmulCall c = linear_weight_call((float*)w->accumulator, dy, x, w, 0, (int)w->rows, rows, accumulate);
+    DType type = m->config.act;
+    if (matmul_adds(m, w) || (w->accum == type && !accumulate)) {
+        MatmulCall c = linear_weight_call(w->accumulator, w->accum, dy, x, w, 0, (int)w->rows, rows, accumulate);
         matmul(&m->matmul, &c, m->stream);
         return;
     }
     int step = gradient_rows(m, w);
     for (int first = 0; first < w->rows; first += step) {
         int n = min_of(step, (int)w->rows - first);
-        MatmulCall c = linear_weight_call(m->dw, dy, x, w, first, n, rows, false);
+        MatmulCall c = linear_weight_call(m->dw, type, dy, x, w, first, n, rows, false);
         matmul(&m->matmul, &c, m->stream);
         ProfileScope scope("gradient accumulation");
         uint64_t at = (uint64_t)first * (uint64_t)w->cols;
-        add_gradient(w->accum, advance(w->accumulator, w->accum, at), m->dw, w->accum_slot, m->reduction.amax + (w - m->params.items),
+        add_gradient(w->accum, advance(w->accumulator, w->accum, at), m->dw, type, w->accum_slot, m->reduction.amax + (w - m->params.items),
                      m->config.accum_rounding, gradient_key(m, w, event), whole_elements(w), at, (size_t)n * (size_t)w->cols, accumulate, m->stream);
     }
 }
@@ -527,46 +557,74 @@ static void linear_backward(Model* m, void* dx, Tensor dy, Tensor x, const Param
     reduction_poll(&m->reduction);
 }
 
-// f(call, forward, backward) for every matmul that a run makes: training on (B, T), sampling on (1, T). `forward`, `backward`: how often a micro-batch
+// The linear layers of a layer, in the order of the forward pass
+struct Linear { const Param *w, *b; };
+constexpr int LINEARS = 4;
+struct Linears { Linear items[LINEARS]; };
+static Linears linears_of(const Model* m, int l) {
+    const Layer* y = &m->layers[l];
+    return Linears{{{y->qkvw, y->qkvb}, {y->projw, bias_once(m, y->projb)}, {y->fcw, y->fcb}, {y->fcprojw, bias_once(m, y->fcprojb)}}};
+}
+
+// Operands of weight gradients are wanted with the tokens of a channel side by side by GPUs whose FP8 units multiply no others. What makes dY, or makes X
+// again, writes it so beside; else, as where ranks of a layer send each other rows, matmul copies. Bytes between channels; 0: nothing is turned
+static int64_t turned_ld(const Model* m) {
+    const GptConfig* c = &m->config;
+    int capability = m->matmul.capability;
+    bool wanted = (device_is_gpu || m->matmul.imagined) && c->fp8 && c->layout.tp == 1 && gpu_has_fp8(capability) && gpu_fp8_needs_k_contiguous(capability);
+    return wanted ? round_up(rows_of(m), 16) : 0;
+}
+// A tensor that only a weight gradient needs, in the memory that it has
+static Tensor only_turned(const Model* m, Tensor x) {
+    int64_t ld = turned_ld(m);
+    return ld > 0 && is_fp8(x.dtype) ? Tensor{NULL, x.dtype, x.slot, x.data, ld} : x;
+}
+
+// f(call, forward, backward, name) for every matmul that a run makes: training on (B, T), sampling on (1, T). `forward`, `backward`: how often a micro-batch
 // makes it in these passes
 template <class F> static void each_matmul(const Model* m, F f) {
     const GptConfig* c = &m->config;
     int rows = rows_of(m);
-    auto each_weight_gradient = [&](const Param* w, Tensor dy, Tensor x, int n, int64_t times) {
+    auto each_weight_gradient = [&](const Param* w, Tensor dy, Tensor x, int n, int64_t times, const char* name) {
         int step = gradient_rows(m, w), steps = ceil_div((int)w->rows, step);
-        bool in_place = w->accum == FP32;
-        f(linear_weight_call(NULL, dy, x, w, 0, step, n, false), 0, times * (steps - 1));
-        f(linear_weight_call(NULL, dy, x, w, 0, ((int)w->rows - 1) % step + 1, n, false), 0, in_place ? 0 : times);
-        if (in_place) { f(linear_weight_call(NULL, dy, x, w, 0, step, n, true), 0, times); }
+        bool in_place = matmul_adds(m, w);
+        DType type = w->accum == FP32 ? FP32 : c->act;
+        f(linear_weight_call(NULL, type, dy, x, w, 0, step, n, false), 0, times * (steps - 1), name);
+        f(linear_weight_call(NULL, type, dy, x, w, 0, ((int)w->rows - 1) % step + 1, n, false), 0, in_place ? 0 : times, name);
+        if (in_place) { f(linear_weight_call(NULL, type, dy, x, w, 0, step, n, true), 0, times, name); }
+        if (w->accum == type) { f(linear_weight_call(NULL, type, dy, x, w, 0, (int)w->rows, n, false), 0, 0, name); }
     };
-    for (int fp8 = 0; fp8 <= 1; fp8++) {
-        const Layer* y = NULL;  // all that are in FP8, and all that are not, have the same shapes and types
-        int times = 0;
-        for (int l = 0; l < stage_layers(c); l++) {
-            if (m->layers[l].fp8 == (fp8 != 0)) { y = &m->layers[l]; times++; }
-        }
-        if (y == NULL) { continue; }
-        const Param* weights[] = {y->qkvw, y->projw, y->fcw, y->fcprojw};
-        const Param* biases[] = {y->qkvb, bias_once(m, y->projb), y->fcb, bias_once(m, y->fcprojb)};
-        Tensor x = {NULL, y->fp8 ? c->fp8_fwd : c->act, NULL}, dy = {NULL, y->fp8 ? c->fp8_bwd : c->act, NULL};
-        for (int i = 0; i < 4; i++) {
-            f(linear_call(m, NULL, x, weights[i], biases[i], rows), times, 0);
-            f(linear_call(m, NULL, x, weights[i], biases[i], c->T), 0, 0);
-            f(linear_input_call(m, NULL, dy, weights[i], rows), 0, times);
-            each_weight_gradient(weights[i], dy, x, rows, times);
+    for (int i = 0; i < LINEARS; i++) {
+        for (int fp8 = 0; fp8 <= 1; fp8++) {
+            Linear y = {};  // all that are in FP8, and all that are not, have the same shapes and types
+            int times = 0;
+            for (int l = 0; l < stage_layers(c); l++) {
+                Linear of = linears_of(m, l).items[i];
+                if (in_fp8(of.w) == (fp8 != 0)) { y = of; times++; }
+            }
+            if (times == 0) { continue; }
+            bool again = (i == 1 && m->attention.flash) || (i == 3 && c->recompute >= 1);  // X is made again for the weight gradient
+            Tensor x = {NULL, x_type(c, y.w), NULL}, dy = {NULL, dy_type(c, y.w), NULL}, x_again = again ? only_turned(m, x) : x;
+            if (in_fp8(y.w)) { dy.turned_ld = turned_ld(m); }
+            f(linear_call(m, NULL, x, y.w, y.b, rows), times, 0, "Y");
+            f(linear_call(m, NULL, x, y.w, y.b, c->T), 0, 0, "Y");
+            f(linear_input_call(m, NULL, dy, y.w, rows), 0, times, "dX");
+            each_weight_gradient(y.w, dy, x_again, rows, times, "dW");
         }
     }
     if (m->head != NULL) {
         Tensor act = {NULL, c->act, NULL};
         const struct { int rows, times; } heads[] = {{m->head_rows, ceil_div(rows, m->head_rows) - 1}, {(rows - 1) % m->head_rows + 1, 1}, {1, 0}};
         for (auto& h : heads) {
-            f(linear_call(m, NULL, act, m->head, NULL, h.rows), h.times, 0);
-            f(linear_input_call(m, NULL, act, m->head, h.rows), 0, h.times);
-            each_weight_gradient(m->head, act, act, h.rows, h.times);
+            f(linear_call(m, NULL, act, m->head, NULL, h.rows), h.times, 0, "head");
+            f(linear_input_call(m, NULL, act, m->head, h.rows), 0, h.times, "head");
+            each_weight_gradient(m->head, act, act, h.rows, h.times, "head");
         }
     }
     int64_t sequences = (int64_t)stage_layers(c) * c->B;
-    each_attention_product(&m->attention, true, [&](MatmulCall call, int forward, int backward) { f(call, sequences * forward, sequences * backward); });
+    each_attention_product(&m->attention, true, [&](MatmulCall call, int forward, int backward) {
+        f(call, sequences * forward, sequences * backward, "attention's products");
+    });
 }
 
 // ---- allocation: the same code dry and for real ----
@@ -578,6 +636,16 @@ static Tensor take_tensor(Memory* memory, MemoryCategory category, DType dtype, 
         if (*slots != NULL) { *slots += 4; }
     }
     return t;
+}
+
+// Do the GPU's own kernels do the attention, on this device or the one that is planned?
+static bool attention_is_flash(const Model* m) {
+    const GptConfig* c = &m->config;
+    bool built = true;
+#ifdef USE_CUDA
+    if (!m->matmul.imagined) { built = flash_is_built(); }
+#endif
+    return (device_is_gpu || m->matmul.imagined) && flash_takes(c->act, c->width / c->heads, m->matmul.capability) && built;
 }
 
 static void model_allocate(Model* m, Memory* memory) {
@@ -604,29 +672,37 @@ static void model_allocate(Model* m, Memory* memory) {
     // what backward needs, of each micro-batch in flight
     size_t tp = (size_t)c->layout.tp, own = rows / tp, inner = C / tp, kept = (size_t)c->in_flight;
     float* slots = memory_take<float>(memory, ACTIVATIONS, 4 * ((size_t)layers * 4 * kept + 1));
-    bool any_bf16_layer = false;
-    for (int l = 0; l < layers; l++) { any_bf16_layer |= !m->layers[l].fp8; }
-    DType shared_type = any_bf16_layer ? c->act : c->fp8_fwd;  // a shared buffer holds the widest of its tensors
-    void* shared_ln = c->recompute >= 2 ? memory_take(memory, WORKSPACE, own * C, (size_t)dtype_bytes(shared_type)) : NULL;
-    void* shared_gelu = c->recompute >= 1 ? memory_take(memory, WORKSPACE, rows * 4 * inner, (size_t)dtype_bytes(shared_type)) : NULL;
+    size_t ln_bytes = 1, shared_bytes = 1;  // a shared buffer holds the widest of its tensors
+    for (int l = 0; l < layers; l++) {
+        const Layer* y = &m->layers[l];
+        ln_bytes = max_of(ln_bytes, (size_t)max_of(dtype_bytes(x_type(c, y->qkvw)), dtype_bytes(x_type(c, y->fcw))));
+        shared_bytes = max_of(shared_bytes, (size_t)dtype_bytes(x_type(c, y->fcprojw)));
+    }
+    void* shared_ln = c->recompute >= 2 ? memory_take(memory, WORKSPACE, own * C, ln_bytes) : NULL;
+    bool flash = attention_is_flash(m);
+    size_t shared_columns = c->recompute >= 1 ? 4 * inner : flash && c->fp8 ? inner : 0;
+    void* shared = memory_take(memory, WORKSPACE, round_up(rows, (size_t)16) * shared_columns, shared_bytes);
     for (int l = 0; l < layers * c->in_flight; l++) {
         Layer* y = &m->kept[l];
-        DType x = y->fp8 ? c->fp8_fwd : c->act;
         y->residual = memory_take(memory, ACTIVATIONS, own * C, act);
         y->residual_mid = memory_take(memory, ACTIVATIONS, own * C, act);
         y->mean1 = memory_take<float>(memory, ACTIVATIONS, own);
         y->rstd1 = memory_take<float>(memory, ACTIVATIONS, own);
         y->mean2 = memory_take<float>(memory, ACTIVATIONS, own);
         y->rstd2 = memory_take<float>(memory, ACTIVATIONS, own);
-        y->x_qkv = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 2 ? 0 : own * C, &slots);
+        y->x_qkv = take_tensor(memory, ACTIVATIONS, x_type(c, y->qkvw), c->recompute >= 2 ? 0 : own * C, &slots);
         y->qkv = memory_take(memory, ACTIVATIONS, rows * 3 * inner, act);
         y->lse = memory_take<float>(memory, ACTIVATIONS, rows * (size_t)c->heads / tp);
-        y->x_proj = take_tensor(memory, ACTIVATIONS, x, rows * inner, &slots);
-        y->x_fc = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 2 ? 0 : own * C, &slots);
+        bool again = in_fp8(y->projw) && flash;  // the codes are made again in backward
+        y->attention = memory_take(memory, ACTIVATIONS, again ? rows * inner : 0, act);
+        y->x_proj = take_tensor(memory, ACTIVATIONS, x_type(c, y->projw), again ? 0 : rows * inner, &slots);
+        if (again) { y->x_proj.data = shared; }
+        else { y->attention = in_fp8(y->projw) ? NULL : y->x_proj.data; }
+        y->x_fc = take_tensor(memory, ACTIVATIONS, x_type(c, y->fcw), c->recompute >= 2 ? 0 : own * C, &slots);
         y->fc = memory_take(memory, ACTIVATIONS, rows * 4 * inner, act);
-        y->x_fcproj = take_tensor(memory, ACTIVATIONS, x, c->recompute >= 1 ? 0 : rows * 4 * inner, &slots);
+        y->x_fcproj = take_tensor(memory, ACTIVATIONS, x_type(c, y->fcprojw), c->recompute >= 1 ? 0 : rows * 4 * inner, &slots);
         if (c->recompute >= 2) { y->x_qkv.data = y->x_fc.data = shared_ln; }
-        if (c->recompute >= 1) { y->x_fcproj.data = shared_gelu; }
+        if (c->recompute >= 1) { y->x_fcproj.data = shared; }
     }
     size_t final_rows = is_last_stage(c) ? own : 0;
     m->residual_final = memory_take(memory, ACTIVATIONS, final_rows * C, act);
@@ -639,19 +715,22 @@ static void model_allocate(Model* m, Memory* memory) {
     m->dresidual = memory_take(memory, WORKSPACE, own * C, act);
     m->wide = memory_take(memory, WORKSPACE, wide_bytes(m), 1);
     m->dy = take_tensor(memory, WORKSPACE, c->fp8 ? c->fp8_bwd : c->act, c->fp8 ? rows * inside : 0, &slots);
+    m->dy.turned_ld = turned_ld(m);
+    void* turned = memory_take(memory, WORKSPACE, (size_t)m->dy.turned_ld * inside, 1);
+    m->dy.turned = m->dy.turned_ld > 0 ? turned : NULL;
     m->stage_in = memory_take(memory, COMMUNICATION, is_last_stage(c) ? 0 : own * C, act);
     rows_allocate(&m->rows, &m->topology->tensor, rows_of(m), c->width, c->act, c->dx_fp8, memory);
-    size_t strips = max_of((size_t)strips_of((int)rows) * inside, (size_t)strips_of((int)own) * 2 * C);  // of a bias, of a LayerNorm
+    size_t strips = max_of((size_t)strips_of((int)rows) * inside, (size_t)most_norm_strips((int)own) * 2 * C);  // of a bias, of a LayerNorm
     m->partial = memory_take<float>(memory, WORKSPACE, strips);
     m->dw_elements = 0;
     for (int i = 0; i < m->params.count; i++) {
         const Param* p = &m->params.items[i];
         bool by_matmul = p->format_class == MATRIX || p == m->head;
-        if (p->accum == FP32 || !by_matmul) { continue; }
-        size_t all = param_elements(p), some = max_of(HEAD_GRADIENT_BYTES / sizeof(float), 16 * C);
-        m->dw_elements = max_of(m->dw_elements, p->format_class == MATRIX ? all : min_of(all, some));
+        if (matmul_adds(m, p) || !by_matmul) { continue; }
+        size_t all = param_elements(p), some = max_of(GRADIENT_BYTES / act, 16 * C);
+        m->dw_elements = max_of(m->dw_elements, is_fp8(p->accum) ? all : min_of(all, some));  // FP8 has a scale for all of it
     }
-    m->dw = memory_take<float>(memory, WORKSPACE, m->dw_elements);
+    m->dw = memory_take(memory, WORKSPACE, m->dw_elements, act);
     size_t row_of_logits = (size_t)c->padded_vocab / tp;
     size_t most = max_of(LOGITS_BYTES / (row_of_logits * act), (size_t)1), chunks = ceil_div(rows, most);
     m->head_rows = (int)min_of(round_up(ceil_div(rows, chunks), (size_t)16), rows);
@@ -666,8 +745,11 @@ static void model_allocate(Model* m, Memory* memory) {
     m->groups.order = memory_take<int>(memory, WORKSPACE, rows);
     m->groups.first = memory_take<int>(memory, WORKSPACE, rows + 1);
     m->groups.token = memory_take<int>(memory, WORKSPACE, rows);
+    m->groups.count = memory_take<int>(memory, WORKSPACE, 1);
     m->rotary = c->rope ? memory_take<float>(memory, WORKSPACE, (size_t)c->T * (C / (size_t)c->heads)) : NULL;
     m->attention.act = c->act;
+    m->attention.flash = flash;
+    m->attention.B = c->B;
     m->attention.T = c->T;
     m->attention.heads = c->heads / c->layout.tp;
     m->attention.head_size = c->width / c->heads;
@@ -675,7 +757,7 @@ static void model_allocate(Model* m, Memory* memory) {
     m->attention.rotary = m->rotary;
     attention_allocate(&m->attention, memory);
     if (!memory->committed) {
-        each_matmul(m, [=](MatmulCall call, int64_t, int64_t) { matmul_plan(&m->matmul, &call); });
+        each_matmul(m, [=](MatmulCall call, int64_t, int64_t, const char*) { matmul_plan(&m->matmul, &call); });
     }
     void* matmul_workspace = memory_take(memory, WORKSPACE, m->matmul.planned, 1);
     if (memory->committed) { matmul_set_workspace(&m->matmul, matmul_workspace, m->matmul.planned); }
@@ -714,7 +796,10 @@ static void model_plan(Model* m, const GptConfig* config, Topology* topology, Me
     m->stream = stream_create();
     m->record = (StepRecord*)pinned_alloc(sizeof(StepRecord));
     m->statistics = (TensorStatistics*)pinned_alloc((size_t)m->params.count * sizeof(TensorStatistics));
-    m->record_ready = event_create();
+    for (auto& step : m->steps) {
+        step.began = timed_event_create();
+        step.ended = timed_event_create();
+    }
     matmul_create(&m->matmul);
     model_allocate(m, memory);
 }
@@ -774,10 +859,16 @@ static void model_free(Model* m, Memory* memory) {
     rows_free(&m->rows);
     stages_free(&m->stages);
     matmul_destroy(&m->matmul);
+    for (Graph g : {m->graphs[0][0], m->graphs[0][1], m->graphs[1][0], m->graphs[1][1]}) {
+        if (g != NULL) { graph_free(g); }
+    }
     stream_destroy(m->stream);
     pinned_free(m->record);
     pinned_free(m->statistics);
-    event_destroy(m->record_ready);
+    for (auto& step : m->steps) {
+        event_destroy(step.began);
+        event_destroy(step.ended);
+    }
     memory_release(memory);
     free(m->kept);
     *m = Model{};
@@ -859,11 +950,12 @@ static LayerNormInputs layernorm_2(const Layer* y, const void* x, const void* de
     return LayerNormInputs{y->residual_mid, x, delta, y->ln2w->weight, y->ln2b->weight, y->mean2, y->rstd2};
 }
 
-static void gelu_forward(Model* m, int l, Quantisation q, int rows) {
+// GELU's output in `out`
+static void gelu_forward(Model* m, int l, Tensor out, Quantisation q, int rows) {
     ProfileScope scope("gelu forward");
     Layer* y = &m->layers[l];
     const void* fc = y->fc;
-    produce(y->x_fcproj, NULL, [=](auto t) { typedef typename decltype(t)::type T; return GeluSource<T>{(const T*)fc}; }, m->config.act, q, m->wide,
+    produce(out, NULL, [=](auto t) { typedef typename decltype(t)::type T; return GeluSource<T>{(const T*)fc}; }, m->config.act, q, m->wide,
             rows, 4 * own_width(&m->config), m->stream);
 }
 
@@ -909,14 +1001,14 @@ static void forward(Model* m, int B, Purpose purpose) {
         weights_wait(&m->reduction, first_layer(c) + l, s);
         layernorm_forward(y->x_qkv, layernorm_1(y, x, delta), c->act, site_of(m, l, X_QKV, purpose), m->wide, own, C, s);
         linear_forward(m, y->qkv, all_rows(m, y->x_qkv, m->narrow, own, C, TP_X), y->qkvw, y->qkvb, rows);
-        void* out = y->fp8 ? m->narrow : y->x_proj.data;
+        void* out = y->attention != NULL ? y->attention : m->narrow;
         attention_forward(&m->attention, &m->matmul, out, y->lse, y->qkv, B, s);
-        if (y->fp8) { matmul_input(m, y->x_proj, NULL, out, site_of(m, l, X_PROJ, purpose), rows, inner, true); }
+        if (in_fp8(y->projw)) { matmul_input(m, y->x_proj, NULL, out, site_of(m, l, X_PROJ, purpose), rows, inner, true); }
         linear_forward(m, m->delta, y->x_proj, y->projw, bias_once(m, y->projb), rows);
         own_rows(m, m->delta, m->delta, false, own, TP_Y);
         layernorm_forward(y->x_fc, layernorm_2(y, y->residual, m->delta), c->act, site_of(m, l, X_FC, purpose), m->wide, own, C, s);
         linear_forward(m, y->fc, all_rows(m, y->x_fc, m->narrow, own, C, TP_X), y->fcw, y->fcb, rows);
-        gelu_forward(m, l, site_of(m, l, X_FCPROJ, purpose), rows);
+        gelu_forward(m, l, y->x_fcproj, site_of(m, l, X_FCPROJ, purpose), rows);
         linear_forward(m, m->delta, y->x_fcproj, y->fcprojw, bias_once(m, y->fcprojb), rows);
         own_rows(m, m->delta, m->delta, false, own, TP_Y);
         x = y->residual_mid;
@@ -970,19 +1062,19 @@ static void head_loss(Model* m, int B, bool backward, float weight) {
 // ---- backward ----
 
 // dy = the gradient of a linear layer's output, (rows, C) in x, as its matmuls take it; adds up its bias gradient
-static Tensor output_gradient(Model* m, int l, Site site, void* x, const Param* bias, int rows) {
+static Tensor output_gradient(Model* m, int l, Site site, void* x, const Param* w, const Param* bias, int rows) {
     int C = (int)bias->cols;
-    Tensor dy = matmul_input(m, m->dy, m->partial, x, site_of(m, l, site, TRAIN), rows, C, m->layers[l].fp8);
+    Tensor dy = matmul_input(m, m->dy, m->partial, x, site_of(m, l, site, TRAIN), rows, C, in_fp8(w));
     finish_columns(vector_gradient(bias), m->partial, strips_of(rows), C, adds(m, bias), m->stream);
     return dy;
 }
 
 // The same for a layer that adds to the residual stream, from the stream's gradient, of which a rank of tp has its own rows: all ranks' rows. In FP8 they
 // travel as codes, or in the activations' type, of which each rank then makes the same codes.
-static Tensor residual_gradient(Model* m, int l, Site site, const Param* bias, int rows) {
+static Tensor residual_gradient(Model* m, int l, Site site, const Param* w, const Param* bias, int rows) {
     const GptConfig* c = &m->config;
-    if (c->layout.tp == 1) { return output_gradient(m, l, site, m->dresidual, bias, rows); }
-    bool fp8 = m->layers[l].fp8, as_codes = fp8 && is_fp8(c->dy_wire);
+    if (c->layout.tp == 1) { return output_gradient(m, l, site, m->dresidual, w, bias, rows); }
+    bool fp8 = in_fp8(w), as_codes = fp8 && is_fp8(c->dy_wire);
     int C = c->width, own = rows / c->layout.tp;
     Quantisation q = site_of(m, l, site, TRAIN);
     Tensor dy = matmul_input(m, Tensor{m->wide, m->dy.dtype, m->dy.slot}, m->partial, m->dresidual, q, own, C, as_codes);
@@ -992,10 +1084,11 @@ static Tensor residual_gradient(Model* m, int l, Site site, const Param* bias, i
     return fp8 && !as_codes ? matmul_input(m, m->dy, NULL, dy.data, q, rows, C, true) : dy;
 }
 
-// The gradient of a LayerNorm's output, of which each rank of tp has a part in m->narrow, added up, and on through the LayerNorm into the residual stream
-static void norm_backward(Model* m, int l, const Param* gain, const Param* bias, LayerNormInputs in, int own) {
+// The gradient of a LayerNorm's output, the input of w, of which each rank of tp has a part in m->narrow, added up, and on through the LayerNorm into the
+// residual stream
+static void norm_backward(Model* m, const Param* w, const Param* gain, const Param* bias, LayerNormInputs in, int own) {
     const GptConfig* c = &m->config;
-    own_rows(m, m->narrow, m->narrow, c->dx_fp8 && m->layers[l].fp8, own, TP_DX);
+    own_rows(m, m->narrow, m->narrow, c->dx_fp8 && in_fp8(w), own, TP_DX);
     layernorm_backward(m->dresidual, vector_gradient(gain), vector_gradient(bias), m->partial, m->narrow, in, c->act, true, adds(m, gain), own, c->width, m->stream);
 }
 
@@ -1015,7 +1108,9 @@ static void embedding_backward(Model* m, int B) {
             typedef typename decltype(a)::type A;
             constexpr Rounding R = decltype(rounding)::value;
             const T* x = (const T*)dx.data;
-            run_rows(EmbeddingBackward<T, A, R>{(A*)m->wte->accumulator, x, m->groups, gradient_key(m, m->wte, EMBEDDING_EVENT), first_token_of(m->wte), C}, m->groups.groups, s);
+            // a GPU's launches are the same whatever the tokens: see micro_batch_by_graph
+            int groups = device_is_gpu ? (int)min_of((int64_t)rows_of(m), m->wte->rows) : m->groups.groups;
+            run_rows(EmbeddingBackward<T, A, R>{(A*)m->wte->accumulator, x, m->groups, gradient_key(m, m->wte, EMBEDDING_EVENT), first_token_of(m->wte), C}, groups, s);
             if (c->rope) { return; }
             run_rows(PositionBackward<T, A, R>{(A*)m->wpe->accumulator, x, gradient_key(m, m->wpe, 0), B, c->T, C, adds(m, m->wpe)}, c->T, s);
         });
@@ -1040,10 +1135,11 @@ static void backward(Model* m, int B) {
         reduction_clear_way(&m->reduction, first_layer(c) + l, s);
         LayerNormInputs ln1 = layernorm_1(y, y->residual, NULL), ln2 = layernorm_2(y, y->residual_mid, NULL);
         // second linear layer of the block, GELU, the first
-        Tensor dy = residual_gradient(m, l, DY_FCPROJ, y->fcprojb, rows);
-        if (c->recompute >= 1) { gelu_forward(m, l, recomputed(site_of(m, l, X_FCPROJ, TRAIN)), rows); }
-        linear_backward(m, m->wide, dy, y->x_fcproj, y->fcprojw, rows);
-        Tensor dfc = y->fp8 ? m->dy : Tensor{m->wide, c->act, NULL};
+        Tensor dy = residual_gradient(m, l, DY_FCPROJ, y->fcprojw, y->fcprojb, rows);
+        Tensor x = y->x_fcproj;
+        if (c->recompute >= 1) { gelu_forward(m, l, x = only_turned(m, x), recomputed(site_of(m, l, X_FCPROJ, TRAIN)), rows); }
+        linear_backward(m, m->wide, dy, x, y->fcprojw, rows);
+        Tensor dfc = in_fp8(y->fcw) ? m->dy : Tensor{m->wide, c->act, NULL};
         {
             ProfileScope scope("gelu backward");
             const void *dgelu = m->wide, *fc = y->fc;
@@ -1053,15 +1149,17 @@ static void backward(Model* m, int B) {
         }
         if (c->recompute >= 2) { layernorm_again(m, y->x_fc, ln2, site_of(m, l, X_FC, TRAIN), own); }
         linear_backward(m, m->narrow, dfc, all_rows(m, y->x_fc, m->delta, own, C, TP_X_AGAIN), y->fcw, rows);
-        norm_backward(m, l, y->ln2w, y->ln2b, ln2, own);
+        norm_backward(m, y->fcw, y->ln2w, y->ln2b, ln2, own);
         // projection, attention, queries with keys and values
-        dy = residual_gradient(m, l, DY_PROJ, y->projb, rows);
-        linear_backward(m, m->narrow, dy, y->x_proj, y->projw, rows);
-        attention_backward(&m->attention, &m->matmul, m->wide, m->narrow, y->qkv, y->lse, B, s);
-        dy = output_gradient(m, l, DY_QKV, m->wide, y->qkvb, rows);
+        dy = residual_gradient(m, l, DY_PROJ, y->projw, y->projb, rows);
+        x = y->x_proj;
+        if (in_fp8(y->projw) && m->attention.flash) { matmul_input(m, x = only_turned(m, x), NULL, y->attention, recomputed(site_of(m, l, X_PROJ, TRAIN)), rows, inner, true); }
+        linear_backward(m, m->narrow, dy, x, y->projw, rows);
+        attention_backward(&m->attention, &m->matmul, m->wide, m->narrow, y->attention, y->qkv, y->lse, B, s);
+        dy = output_gradient(m, l, DY_QKV, m->wide, y->qkvw, y->qkvb, rows);
         if (c->recompute >= 2) { layernorm_again(m, y->x_qkv, ln1, site_of(m, l, X_QKV, TRAIN), own); }
         linear_backward(m, m->narrow, dy, all_rows(m, y->x_qkv, m->delta, own, C, TP_X_AGAIN), y->qkvw, rows);
-        norm_backward(m, l, y->ln1w, y->ln1b, ln1, own);
+        norm_backward(m, y->qkvw, y->ln1w, y->ln1b, ln1, own);
         reduction_start(&m->reduction, first_layer(c) + l, s);
     }
     if (is_first_stage(c)) { embedding_backward(m, B); }
@@ -1070,11 +1168,12 @@ static void backward(Model* m, int B) {
 // ---- batches ----
 
 // Tokens and targets to the device
-static void upload_batch(Model* m, const HostBatch* b) {
+static void upload_batch(Model* m, HostBatch* b) {
     ProfileScope scope("batch to device");
     size_t bytes = (size_t)rows_of(m) * sizeof(int32_t);
     copy_to_device(m->tokens, b->tokens, bytes, m->stream);
     copy_to_device(m->targets, b->targets, bytes, m->stream);
+    event_record(b->copied, m->stream);
 }
 
 // Its rows by token, of the tokens in this rank's part of the vocabulary
@@ -1085,6 +1184,8 @@ static void upload_groups(Model* m, HostBatch* b) {
     copy_to_device(m->groups.order, b->order, (size_t)rows * sizeof(int32_t), m->stream);
     copy_to_device(m->groups.first, b->first, ((size_t)b->groups + 1) * sizeof(int32_t), m->stream);
     copy_to_device(m->groups.token, b->group_token, (size_t)b->groups * sizeof(int32_t), m->stream);
+    copy_to_device(m->groups.count, b->count, sizeof(int32_t), m->stream);
+    event_record(b->copied, m->stream);
 }
 
 // ---- a training step ----
@@ -1108,6 +1209,8 @@ struct StepSettings {
 static bool tells_loss(const GptConfig* c) { return is_last_stage(c) && c->layout.tp_rank == 0; }
 
 static void step_begin(Model* m) {
+    m->first_micro_step = m->micro_steps;
+    event_record(m->steps[m->step % 2].began, m->stream);
     device_zero(m->loss_total, sizeof(double), m->stream);
     reduction_step(&m->reduction);
 }
@@ -1117,6 +1220,33 @@ static void micro_forward(Model* m, HostBatch* batch, int index) {
     select_micro_batch(m, index);
     upload_batch(m, batch);
     forward(m, m->config.B, TRAIN);
+}
+
+// Does a GPU do the same in every such micro-batch, but for its tokens? Where nothing is exchanged with other ranks, and no random bits are drawn, which
+// depend on the number of the micro-batch
+static bool micro_batch_is_fixed(const Model* m, bool last) {
+    const GptConfig* c = &m->config;
+    const Reduction* r = &m->reduction;
+    bool alone = c->layout.tp == 1 && c->layout.pp == 1 && !r->returning && (m->topology->data.size == 1 || !(last || reduces_each(r)));
+    return device_is_gpu && alone && (c->accum == FP32 || c->accum_rounding == NEAREST) && !profiler.on && !m->matmul.timing;
+}
+
+// Forward and backward of a micro-batch as one launch: hundreds of small ones would keep a GPU waiting for the host where the model is small
+static void micro_batch_by_graph(Model* m, HostBatch* batch, int index, bool last, float weight) {
+    select_micro_batch(m, index);
+    upload_batch(m, batch);
+    upload_groups(m, batch);
+    reduction_begin(&m->reduction, index == 0, last, m->stream);
+    Graph* g = &m->graphs[index == 0][site_of(m, 0, X_QKV, TRAIN).just_in_time];
+    if (*g == NULL) {
+        graph_begin(m->stream);
+        forward(m, m->config.B, TRAIN);
+        head_loss(m, m->config.B, true, weight);
+        backward(m, m->config.B);
+        *g = graph_end(m->stream);
+    }
+    graph_launch(*g, m->stream);
+    m->micro_steps++;
 }
 
 // And back: its share of the gradients. `weight`: of a token in the mean over the global batch; `last`: of the step
@@ -1134,21 +1264,29 @@ static void micro_backward(Model* m, HostBatch* batch, int index, bool last, flo
     m->micro_steps++;
 }
 
-// All K micro-batches of a step through this stage, in the order of the schedule. fill(batch, index) gives their tokens and targets; `batches`: of those in flight
+// How many host batches a rank needs: of the micro-batches in flight; on a GPU one more, which is filled while the last one is still being copied
+static int host_batches(const GptConfig* c) { return c->in_flight + (device_is_gpu ? 1 : 0); }
+
+// All K micro-batches of a step through this stage, in the order of the schedule. fill(batch, index) gives their tokens and targets; `batches`: host_batches
 template <class Fill> static void run_micro_batches(Model* m, HostBatch* batches, int K, float weight, Fill fill) {
     const GptConfig* c = &m->config;
     int stages = c->layout.pp, stage = c->layout.stage;
+    bool at_once = false;  // the last forward pass has brought its backward pass with it
     step_begin(m);
     for (int64_t i = 0; i <= schedule_steps(K); i++) {
         ScheduleStep step = i < schedule_steps(K) ? schedule_step(stages, stage, K, i) : ScheduleStep{};
         exchange_stages(m, schedule_exchange(stages, stage, K, i), c->B, step.micro_batch);
         if (i == schedule_steps(K)) { break; }
-        HostBatch* batch = &batches[step.micro_batch % c->in_flight];
+        bool last = step.micro_batch == K - 1;
+        HostBatch* batch = &batches[(m->first_micro_step + step.micro_batch) % host_batches(c)];
         if (step.forward) {
+            event_wait(batch->copied);
             fill(batch, step.micro_batch);
-            micro_forward(m, batch, step.micro_batch);
-        } else {
-            micro_backward(m, batch, step.micro_batch, step.micro_batch == K - 1, weight);
+            at_once = micro_batch_is_fixed(m, last);
+            if (at_once) { micro_batch_by_graph(m, batch, step.micro_batch, last, weight); }
+            else { micro_forward(m, batch, step.micro_batch); }
+        } else if (!at_once) {
+            micro_backward(m, batch, step.micro_batch, last, weight);
         }
     }
 }
@@ -1191,17 +1329,24 @@ static void finish_step(Model* m, const StepSettings* settings, float weight) {
     weights_start(r, m->stream);
     if (sends_fp8(r)) { copy_to_pinned(m->statistics, r->statistics, (size_t)m->params.count * sizeof(TensorStatistics), m->stream); }
     copy_to_pinned(m->record, &m->optimizer.state->record, sizeof(StepRecord), m->stream);
-    event_record(m->record_ready, m->stream);
+    event_record(m->steps[m->step % 2].ended, m->stream);
+    m->step++;
     if (m->sites.count > 0) {
         run_rows(UpdateSites{m->sites, &m->optimizer.state->apply, m->steps_recorded}, m->sites.count, m->stream);
         m->steps_recorded++;
     }
 }
 
-// The record of the last step; waits for that step only
+// The record of the last step whose end has been launched; waits for that step only
 static StepRecord read_record(Model* m) {
-    event_wait(m->record_ready);
+    event_wait(m->steps[(m->step + 1) % 2].ended);
     return *m->record;
+}
+
+// What that step took of a GPU's time, once its record was read; `after`: since the end of the step before, where nothing else came between
+static double step_seconds(Model* m, bool after) {
+    int last = (int)((m->step + 1) % 2);
+    return 1e-3 * event_milliseconds(after ? m->steps[1 - last].ended : m->steps[last].began, m->steps[last].ended);
 }
 
 // ---- evaluation and sampling ----
@@ -1223,6 +1368,7 @@ static double evaluate(Model* m, DataLoader* loader, HostBatch* batch, int64_t b
     batches = max_of((int64_t)1, min_of(batches, loader_windows(loader) / per_call));
     device_zero(m->loss_total, sizeof(double), m->stream);
     for (int64_t i = 0; i < batches; i++) {
+        event_wait(batch->copied);
         loader_next(loader, batch->tokens, batch->targets);
         upload_batch(m, batch);
         relay_forward(m, m->config.B);
@@ -1319,6 +1465,9 @@ struct Run {
     int64_t not_finite_in_a_row;  // up to now
     double flops_per_token, peak_flops;
     const char* peak_name;
+    int shapes, shapes_timed, shapes_not_first;  // of matmuls with a choice of algorithms; timed at this start; that do not take the library's first
+    std::string cache;           // file of these choices; "": none
+    const Gpu* gpu;              // that runs; NULL: a CPU, or not in the table
 };
 
 static bool is_file(const char* path) { return access(path, F_OK) == 0; }
@@ -1329,7 +1478,7 @@ static void resolve_topology(Run* r) {
     Options* o = &r->table.options;
     r->on_gpu = a->plan ? a->gpu != GPU_NONE : device_is_gpu;
     if (!a->plan) {
-        const struct { const char* flag; const void* value; } for_plans[] = {{"--json", &a->json}, {"--world", &a->world}, {"--gpu", &a->gpu}};
+        const struct { const char* flag; const void* value; } for_plans[] = {{"--json", &a->json}, {"--kernels", &a->kernels}, {"--world", &a->world}, {"--gpu", &a->gpu}};
         for (auto& f : for_plans) {
             if (option_given(o, f.value)) { bad_input("%s says what --plan is to print; give --plan with it, or leave it out", f.flag); }
         }
@@ -1338,6 +1487,7 @@ static void resolve_topology(Run* r) {
     if (device_is_gpu && !r->on_gpu) {
         bad_input("--gpu: none is the CPU, and what its matmuls need only the CPU build knows; allowed here: h100, h200, b200, a100, l40s");
     }
+    if (a->kernels && a->gpu == GPU_NONE) { bad_input("--kernels: what kernels take is known of GPUs only; give --gpu with one of h100, h200, b200, a100, l40s"); }
     int64_t model = a->tp * a->pp;
     set_default(o, &a->world, max_of((int64_t)launched_processes(), model));
     if (a->world % model != 0) {
@@ -1377,7 +1527,7 @@ static void resolve_gradients(Run* r) {
     c->accum = grad_formats[a->grad_accum_dtype];
     bool quantised = is_fp8(c->wire);
     set_default(o, &a->grad_reduce, quantised && a->recipe != RECIPE_FP8_LM ? REDUCE_DIRECT : by_recipe[a->recipe].algorithm);
-    set_default(o, &a->grad_accum_rounding, c->accum == E4M3 ? NEAREST : STOCHASTIC);
+    set_default(o, &a->grad_accum_rounding, c->accum == E4M3 ? NEAREST : STOCHASTIC);  // few additions: see resolve_global_batch
     const char* wire = dtype_names[c->wire];
     if (dtype_bytes(c->accum) < dtype_bytes(c->wire)) {
         bad_input("--grad-accum-dtype %s is narrower than --grad-dtype %s, so the wire would carry bits that are not there; make the first as wide as the second",
@@ -1503,13 +1653,25 @@ static void resolve_model(Run* r) {
     }
     if (!fp8) {
         const struct { const char* flag; const void* value; } needs_fp8[] = {
-            {"--fp8-scaling", &a->fp8_scaling}, {"--fp8-fwd", &a->fp8_fwd}, {"--fp8-bwd", &a->fp8_bwd}, {"--bf16-layers", &a->bf16_layers}};
+            {"--fp8-scaling", &a->fp8_scaling}, {"--fp8-fwd", &a->fp8_fwd}, {"--fp8-bwd", &a->fp8_bwd}, {"--bf16-layers", &a->bf16_layers},
+            {"--fp8-min-size", &a->fp8_min_size}};
         for (auto& f : needs_fp8) {
             if (option_given(o, f.value)) { bad_input("%s belongs to the recipes fp8 and fp8-lm, not to --recipe %s", f.flag, a->recipe == RECIPE_BF16 ? "bf16" : "fp32"); }
         }
     }
     if (a->bf16_layers.first + a->bf16_layers.last > a->layers) {
         bad_input("--bf16-layers: first:%d,last:%d are more than the %" PRId64 " layers", a->bf16_layers.first, a->bf16_layers.last, a->layers);
+    }
+    const struct { const char* flag; const void* value; } for_gpus[] = {{"--matmul-choice", &a->matmul_choice}, {"--matmul-cache", &a->matmul_cache}};
+    for (auto& f : for_gpus) {
+        if (!r->on_gpu && option_given(o, f.value)) { bad_input("%s is for GPU builds: on a CPU oneDNN has one algorithm a shape, and nothing is chosen", f.flag); }
+    }
+    if (a->matmul_cache != NULL && a->matmul_choice == ALGORITHM_LIBRARY) {
+        bad_input("--matmul-cache keeps what --matmul-choice timed finds, and library times nothing; leave one of them out");
+    }
+    struct stat cache;
+    if (a->matmul_cache != NULL && stat(a->matmul_cache, &cache) == 0 && !S_ISREG(cache.st_mode)) {
+        bad_input("--matmul-cache: '%s' is %s", a->matmul_cache, S_ISDIR(cache.st_mode) ? "a folder" : "no regular file");
     }
     if (!r->on_gpu && a->staged) { bad_input("--staged is for GPU builds: on a CPU there is nothing to stage"); }
     if (a->heads % a->tp != 0) { bad_input("--tp: %" PRId64 " ranks cannot share the %" PRId64 " attention heads alike; allowed: divisors of them", a->tp, a->heads); }
@@ -1538,6 +1700,7 @@ static void resolve_model(Run* r) {
     c->act = a->recipe == RECIPE_FP32 ? FP32 : BF16;
     c->fp8 = fp8;
     c->bf16_layers = a->bf16_layers;
+    c->fp8_min_size = a->fp8_min_size;
     c->scaling = a->fp8_scaling;
     c->fp8_fwd = a->fp8_fwd == FORMAT_E4M3 ? E4M3 : E5M2;
     c->fp8_bwd = a->fp8_bwd == FORMAT_E4M3 ? E4M3 : E5M2;
@@ -1608,6 +1771,9 @@ static void resolve_global_batch(Run* r) {
     }
     if (a->global_batch / pass > INT32_MAX) { bad_input("--global-batch: %" PRId64 " tokens are more than %d micro-batches a replica", a->global_batch, INT32_MAX); }
     r->micro_batches = (int)(a->global_batch / pass);
+    // BF16 gradients: of few additions none is lost to rounding to nearest, which the matmul does by itself; of many small ones stochastic rounding keeps the sum
+    bool few = r->micro_batches <= FEW_MICRO_BATCHES && r->config.accum == BF16;
+    if (few && !option_given(&r->table.options, &a->grad_accum_rounding)) { a->grad_accum_rounding = r->config.accum_rounding = NEAREST; }
     if (r->micro_batches < a->pp) {
         bad_input("--global-batch: %" PRId64 " tokens are %d micro-batch%s of each replica, and the %" PRId64 " stages of --pp need as many at least; allowed: multiples of %" PRId64
             " from %" PRId64 " on", a->global_batch, r->micro_batches, r->micro_batches == 1 ? "" : "es", a->pp, pass, pass * a->pp);
@@ -1641,7 +1807,46 @@ static void resolve_peak(Run* r) {
         r->peak_flops = r->config.fp8 ? g->fp8 : g->bf16;
         r->peak_name = r->config.fp8 ? "dense FP8" : "dense BF16";
     }
+    r->gpu = g;
     r->flops_per_token = flops_of_token(&r->config);
+}
+
+// What each rank has, one after the other
+static std::string gather_text(Group* group, const std::string& mine) {
+    std::vector<uint64_t> sizes((size_t)group->size);
+    uint64_t size = mine.size(), most = 0;
+    host_all_gather(group, sizes.data(), &size, sizeof(size));
+    for (uint64_t n : sizes) { most = max_of(most, n); }
+    std::string padded = mine, all(most * sizes.size(), ' '), text;
+    padded.resize(most, ' ');
+    host_all_gather(group, &all[0], padded.data(), most);
+    for (size_t i = 0; i < sizes.size(); i++) { text += all.substr(i * most, sizes[i]); }
+    return text;
+}
+
+// Which of cuBLASLt's algorithms the planned matmuls take: those that rank 0 finds in its cache file; else each rank times its own shapes, and of those
+// that several have the first rank's choice counts for all, so that all compute alike. Before the run's memory is taken: timing needs some.
+static void choose_matmuls(Run* r) {
+    const Args* a = &r->args;
+    if (!device_is_gpu || a->matmul_choice == ALGORITHM_LIBRARY) { return; }
+    Group* world = &r->topology.world;
+    Matmul* mm = &r->model.matmul;
+    if (a->matmul_cache == NULL) { r->cache = choices_path(*mm->device); }
+    else if (strcmp(a->matmul_cache, "none") != 0) { r->cache = a->matmul_cache; }
+    bool kept = !r->cache.empty();
+    std::string text = gather_text(world, kept && world->rank == 0 ? choices_read(r->cache.c_str()) : "");
+    int damaged = matmul_choices_read(mm, text.c_str());
+    if (damaged > 0 && world->rank == 0) {
+        fprintf(stderr, "train_gpt_fp8: %d line%s of %s cannot be read, and what they chose is timed again\n", damaged, damaged == 1 ? "" : "s", r->cache.c_str());
+    }
+    r->shapes_timed = matmul_choose(mm, 3.0, r->model.stream);
+    matmul_choices_write(mm, &text);
+    text = gather_text(world, text);
+    matmul_choices_read(mm, text.c_str());
+    matmul_choices_count(mm, &r->shapes, &r->shapes_not_first);
+    if (kept && r->world.local_rank == 0 && !choices_save(r->cache.c_str(), *mm->choices) && world->rank == 0) {
+        fprintf(stderr, "train_gpt_fp8: %s cannot be written: %s; the next start times again\n", r->cache.c_str(), strerror(errno));
+    }
 }
 
 // The memory of the ranks that take most and least
@@ -1692,12 +1897,14 @@ static bool is_unused(const Run* r, const Option* o) {
     bool sent = r->topology.data.size > 1, ring = is_fp8(c->wire) && c->reduction.algorithm == REDUCE_RING;
     if (o->value == &a->grad_dtype || o->value == &a->grad_reduce || o->value == &a->zero) { return !sent; }
     if (o->value == &a->zero_split) { return !sent || a->zero == 0; }
+    if (o->value == &a->matmul_choice) { return !r->on_gpu; }
+    if (o->value == &a->matmul_cache) { return !r->on_gpu || a->matmul_choice == ALGORITHM_LIBRARY; }
     return (o->value == &a->grad_scaling && !(sent && ring)) || (o->value == &a->grad_accum_rounding && c->accum == FP32);
 }
 
 static bool is_for_plans(const Run* r, const Option* o) {
     const Args* a = &r->args;
-    const void* const values[] = {&a->plan, &a->json, &a->world, &a->gpu};
+    const void* const values[] = {&a->plan, &a->json, &a->kernels, &a->world, &a->gpu};
     return std::find(std::begin(values), std::end(values), o->value) != std::end(values) || (o->type == OPTION_GROUP && strcmp(o->name, "Planning") == 0);
 }
 
@@ -1724,6 +1931,10 @@ static void print_settings(const Run* r) {
     table_heading(&t, "This run");
     table_add(&t, "device", "%s (%s)", device, device_kind);
     if (r->peak_flops > 0.0) { table_add(&t, "peak for mfu", "%.0f TFLOP/s, %s", 1e-12 * r->peak_flops, r->peak_name); }
+    if (r->shapes > 0) {
+        table_add(&t, "matmul algorithms", "of %d shapes, %d not the library's first; %d timed now; %s", r->shapes, r->shapes_not_first, r->shapes_timed,
+            r->cache.empty() ? "not kept" : r->cache.c_str());
+    }
     table_add(&t, "ranks", "%d, %s", r->topology.world.size, transport);
     if (y->tp * y->pp > 1) { table_add(&t, "topology", "dp %d × pp %d × tp %d", y->dp, y->pp, y->tp); }
 #ifdef _OPENMP
@@ -1906,6 +2117,25 @@ static void show_sample(Run* r, int64_t step) {
     free(tokens);
 }
 
+// One line a linear layer that FP8 is expected to slow down on this GPU; none where the GPU is not known
+static void note_slow_fp8(const Run* r, FILE* file, const Gpu* g) {
+    const GptConfig* c = &r->config;
+    if (g == NULL || !c->fp8) { return; }
+    int rows = c->B * c->T, C = c->width, tp = c->layout.tp;
+    const struct { const char* name; int in, out, in_ranks, out_ranks; bool cast_apart; } linears[LINEARS] = {
+        {"qkv", C, 3 * C, 1, tp, false}, {"attproj", C, C, tp, 1, true}, {"fc", C, 4 * C, 1, tp, false}, {"fcproj", 4 * C, C, tp, 1, false}};
+    for (auto& l : linears) {
+        bool used = false;
+        for (int number = 0; number < c->layers; number++) { used |= matrix_in_fp8(c, number, l.out, l.in); }
+        int in = l.in / l.in_ranks, out = l.out / l.out_ranks;
+        double gain = used ? fp8_gain(g, rows, in, out, l.cast_apart) : 1.0;
+        if (gain >= 1.0) { continue; }
+        int64_t size = (int64_t)sqrt((double)l.in * l.out) + 1;  // the least that leaves it out
+        fprintf(file, "note: on %s FP8 is expected to be slower than BF16 (%.2fx) in the linear layers %s, %d -> %d at %d tokens%s; --fp8-min-size %" PRId64
+                " leaves them in BF16\n", g->device, gain, l.name, in, out, rows, tp > 1 ? " on a rank" : "", size);
+    }
+}
+
 // ---- planning: the allocation and the matmuls of a step, dry, for every rank of a topology ----
 
 // Frees what a dry run has taken of the host
@@ -1948,15 +2178,23 @@ static void tensor_traffic(uint64_t* bytes, const Model* m) {
     uint64_t act = (uint64_t)dtype_bytes(c->act), tp = (uint64_t)c->layout.tp, rows = (uint64_t)rows_of(m), own = rows / tp, sent = own * (uint64_t)c->width * (tp - 1);
     uint64_t amax = 2 * sizeof(float) * (tp - 1) / tp;  // of a scale made just in time
     for (int l = 0; l < stage_layers(c); l++) {
-        bool fp8 = m->layers[l].fp8;
-        uint64_t x = fp8 ? (uint64_t)dtype_bytes(c->fp8_fwd) : act, dy = fp8 ? (uint64_t)dtype_bytes(c->dy_wire) : act;
-        bytes[TP_X] += 2 * x * sent;
-        bytes[TP_X_AGAIN] += 2 * x * sent;
-        bytes[TP_Y] += 2 * act * sent;
-        bytes[TP_DY] += 2 * dy * sent;
-        bytes[TP_DX] += 2 * (fp8 && c->dx_fp8 ? 1 : act) * sent;
-        bytes[TP_SCALES] += fp8 && c->dx_fp8 ? 2 * own * (row_stride(c->width) - (uint64_t)c->width) * (tp - 1) : 0;
-        bytes[TP_SCALES] += fp8 && c->scaling == SCALING_CURRENT ? (dy == 1 ? 8 : 6) * amax : 0;  // not of dY that is gathered before it is made FP8
+        const Layer* y = &m->layers[l];
+        for (const Param* w : {y->qkvw, y->fcw}) {  // X comes from all ranks, dX goes to all
+            bool fp8 = in_fp8(w), dx_fp8 = fp8 && c->dx_fp8;
+            uint64_t x = (uint64_t)dtype_bytes(x_type(c, w));
+            bytes[TP_X] += x * sent;
+            bytes[TP_X_AGAIN] += x * sent;
+            bytes[TP_DX] += (dx_fp8 ? 1 : act) * sent;
+            bytes[TP_SCALES] += dx_fp8 ? own * (row_stride(c->width) - (uint64_t)c->width) * (tp - 1) : 0;
+            bytes[TP_SCALES] += fp8 && c->scaling == SCALING_CURRENT ? 2 * amax : 0;
+        }
+        for (const Param* w : {y->projw, y->fcprojw}) {  // dY comes from all, Y goes to all
+            bool fp8 = in_fp8(w);
+            uint64_t dy = fp8 ? (uint64_t)dtype_bytes(c->dy_wire) : act;
+            bytes[TP_Y] += act * sent;
+            bytes[TP_DY] += dy * sent;
+            bytes[TP_SCALES] += fp8 && c->scaling == SCALING_CURRENT ? (dy == 1 ? 2 : 1) * amax : 0;  // not of dY gathered before it is made FP8
+        }
     }
     if (is_first_stage(c)) { bytes[TP_OTHER] += 2 * act * sent; }  // embedding: rows forward, their gradients backward
     if (is_last_stage(c)) { bytes[TP_OTHER] += 2 * act * sent + 3 * sizeof(float) * rows * (tp - 1); }  // head; maxima, sums and targets of the loss
@@ -1975,52 +2213,76 @@ static void rank_traffic(const Model* m, int micro_batches, PlanTraffic* t) {
     plan_sort_traffic(t);
 }
 
-// Bytes that everything but matmuls reads and writes in a micro-batch, each tensor once a kernel
-static void elementwise_bytes(const Model* m, double* forward, double* backward) {
+// f(Work, forward, backward) for every kernel of a micro-batch on a GPU; `forward`, `backward`: how often in these passes
+template <class F> static void each_work(const Model* m, const Gpu* g, F f) {
     const GptConfig* c = &m->config;
+    each_matmul(m, [&](MatmulCall call, int64_t forward, int64_t backward, const char* name) {
+        each_matmul_work(g, &call, name, [&](Work w) { f(w, (double)forward, (double)backward); });
+    });
     double act = dtype_bytes(c->act), rows = rows_of(m), own = rows / c->layout.tp * c->width, inner = rows * c->width / c->layout.tp;
-    double scores = (double)m->attention.heads * rows * c->T / 2.0;
-    *forward = *backward = 0.0;
+    auto bytes = [&](const char* name, double n, double forward, double backward) { f(Work{name, false, 0.0, n}, forward, backward); };
     for (int l = 0; l < stage_layers(c); l++) {
-        bool fp8 = m->layers[l].fp8;
-        double x = fp8 ? dtype_bytes(c->fp8_fwd) : act, dy = fp8 ? dtype_bytes(c->fp8_bwd) : 0.0, rotated = c->rope ? 4.0 * act * inner : 0.0;
-        *forward += 2.0 * (3.0 * act + x) * own + (act + x) * 4.0 * inner;          // LayerNorms with the residual stream, GELU
-        *forward += rotated + scores * (4.0 + act) + (fp8 ? (act + x) * inner : 0.0);  // attention and its output
-        *backward += 2.0 * 4.0 * act * own + (2.0 * act + (fp8 ? dy : act)) * 4.0 * inner;  // LayerNorms, GELU
-        *backward += 2.0 * (act + dy) * own + (act + dy) * 3.0 * inner;             // dY of the projections, and of queries, keys and values
-        *backward += rotated + scores * (8.0 + 2.0 * act) + (4.0 + act) * 3.0 * inner;
-        *backward += (c->recompute >= 1 ? (act + x) * 4.0 * inner : 0.0) + (c->recompute >= 2 ? 2.0 * (act + x) * own : 0.0);
+        const Layer* y = &m->layers[l];
+        auto x = [=](const Param* w) { return (double)dtype_bytes(x_type(c, w)); };
+        double copies = turned_ld(m) > 0 ? 2.0 : 1.0;  // dY is written transposed too
+        auto dy = [=](const Param* w) { return in_fp8(w) ? copies * dtype_bytes(c->fp8_bwd) : 0.0; };  // written beside the sums for the bias
+        for (const Param* w : {y->qkvw, y->fcw}) {
+            bytes("LayerNorm, residual added", (3.0 * act + x(w)) * own, 1.0, 0.0);
+            bytes("LayerNorm again", (act + x(w)) * own, 0.0, c->recompute >= 2 ? 1.0 : 0.0);
+            bytes("LayerNorm backward", 4.0 * act * own, 0.0, 1.0);
+        }
+        bytes("GELU", (act + x(y->fcprojw)) * 4.0 * inner, 1.0, 0.0);
+        bytes("GELU again", (act + x(y->fcprojw)) * 4.0 * inner, 0.0, c->recompute >= 1 ? 1.0 : 0.0);
+        bytes("GELU backward", (2.0 * act + (in_fp8(y->fcw) ? dy(y->fcw) : act)) * 4.0 * inner, 0.0, 1.0);
+        for (const Param* w : {y->projw, y->fcprojw}) { bytes("dY cast, its columns added", (act + dy(w)) * own, 0.0, 1.0); }
+        bytes("dY cast, its columns added", (act + dy(y->qkvw)) * 3.0 * inner, 0.0, 1.0);
+        if (in_fp8(y->projw)) { bytes("attention's output cast", (act + x(y->projw)) * inner, 1.0, m->attention.flash ? 1.0 : 0.0); }
+    }
+    double layers = stage_layers(c), scores = (double)m->attention.heads * rows * c->T / 2.0;
+    if (c->rope) { bytes("rotation", 4.0 * act * inner, layers, m->attention.flash ? 0.0 : layers); }
+    if (m->attention.flash) {  // backward: scores and dP twice, dV, dK, dQ
+        double product = 2.0 * scores * m->attention.head_size;
+        f(Work{"attention", false, 2.0 * product, 4.0 * act * inner}, layers, 0.0);
+        f(Work{"attention backward", false, 7.0 * product, 12.0 * act * inner}, 0.0, layers);
+    } else {
+        bytes("softmax", scores * (4.0 + act), layers, 0.0);
+        bytes("softmax backward", scores * (8.0 + 2.0 * act), 0.0, layers);
+        bytes("attention's gradient stored", (4.0 + act) * 3.0 * inner, 0.0, layers);
     }
     for (int i = 0; i < m->params.count; i++) {  // weight gradients that the matmul does not add up itself
         const Param* p = &m->params.items[i];
-        if (p->format_class == MATRIX && p->accum != FP32) { *backward += (4.0 + 2.0 * dtype_bytes(p->accum)) * (double)param_elements(p); }
+        if (p->format_class == MATRIX && !matmul_adds(m, p)) { bytes("weight gradient added", (act + 2.0 * dtype_bytes(p->accum)) * (double)param_elements(p), 0.0, 1.0); }
     }
-    if (is_first_stage(c)) { *forward += 2.0 * act * own; }
-    if (is_last_stage(c)) { *forward += 2.0 * act * rows * c->padded_vocab / c->layout.tp + (3.0 * act) * own; }
+    if (is_first_stage(c)) { bytes("embedding", 2.0 * act * own, 1.0, 1.0); }
+    if (is_last_stage(c)) {
+        bytes("loss", 3.0 * act * rows * c->padded_vocab / c->layout.tp, 1.0, 0.0);
+        bytes("LayerNorm, residual added", 4.0 * act * own, 1.0, 0.0);
+        bytes("LayerNorm backward", 3.0 * act * own, 0.0, 1.0);
+    }
+}
+
+static double optimizer_seconds(const Model* m, const Gpu* g) {
+    Traffic adamw = optimizer_traffic(&m->optimizer, &m->params);
+    return bytes_seconds(g, 2.0 * adamw.updated + adamw.read + adamw.written);
 }
 
 static StageTimes stage_times(const Model* m, const Gpu* g, const PlanTraffic* t, int micro_batches) {
     const RankLayout* y = &m->config.layout;
     StageTimes s = {};
-    each_matmul(m, [&](MatmulCall call, int64_t forward, int64_t backward) {
-        if (forward + backward == 0) { return; }
-        double seconds = matmul_seconds(g, &call);
-        s.forward += (double)forward * seconds;
-        s.backward += (double)backward * seconds;
+    each_work(m, g, [&](Work w, double forward, double backward) {
+        s.forward += forward * work_seconds(g, &w);
+        s.backward += backward * work_seconds(g, &w);
     });
-    double forward, backward;
     uint64_t tensor[COMM_OPERATIONS] = {};
-    elementwise_bytes(m, &forward, &backward);
     tensor_traffic(tensor, m);
-    s.forward += bytes_seconds(g, forward) + sent_seconds(g, (double)(tensor[TP_X] + tensor[TP_Y] + tensor[TP_OTHER] / 2), y->tp, 1, false);
-    s.backward += bytes_seconds(g, backward) + sent_seconds(g, (double)(tensor[TP_X_AGAIN] + tensor[TP_DY] + tensor[TP_DX] + tensor[TP_OTHER] / 2), y->tp, 1, false);
+    s.forward += sent_seconds(g, (double)(tensor[TP_X] + tensor[TP_Y] + tensor[TP_OTHER] / 2), y->tp, 1, false);
+    s.backward += sent_seconds(g, (double)(tensor[TP_X_AGAIN] + tensor[TP_DY] + tensor[TP_DX] + tensor[TP_OTHER] / 2), y->tp, 1, false);
     int apart = y->tp * y->pp;  // replicas are the furthest apart
     double exchanged = (double)(t->operations[ALL_TO_ALL] + t->operations[REGROUP]);
     s.reduction = sent_seconds(g, t->gradients - exchanged, y->dp, apart, false) + sent_seconds(g, exchanged, y->dp, apart, true);
     s.reductions = reduces_each(&m->reduction) ? micro_batches : 1;
     s.weights = sent_seconds(g, t->weights, y->dp, apart, false);
-    Traffic adamw = optimizer_traffic(&m->optimizer, &m->params);
-    s.optimizer = bytes_seconds(g, 2.0 * adamw.updated + adamw.read + adamw.written);
+    s.optimizer = optimizer_seconds(m, g);
     return s;
 }
 
@@ -2068,6 +2330,12 @@ static void plan_side(Run* r, Matmul* matmuls, const Plan* p, PlanSide* side) {
             rank_traffic(&r->model, r->micro_batches, &traffic);
             plan_keep_most(&side->traffic, &traffic);
             if (replica == 0 && p->gpu != NULL) { times.push_back(stage_times(&r->model, p->gpu, &traffic, r->micro_batches)); }
+            if (replica == 0 && stage == 0 && p->kernels) {
+                each_work(&r->model, p->gpu, [&](Work w, double forward, double backward) { work_add(&side->work, p->gpu, &w, forward + backward); });
+                Traffic adamw = optimizer_traffic(&r->model.optimizer, &r->model.params);
+                Work optimizer = {"optimizer, of each of a step's", false, 0.0, (2.0 * adamw.updated + adamw.read + adamw.written) / r->micro_batches};
+                work_add(&side->work, p->gpu, &optimizer, 1.0);
+            }
             uint64_t tensor[COMM_OPERATIONS] = {};
             tensor_traffic(tensor, &r->model);
             side->table7 = max_of(side->table7, (double)(tensor[TP_X] + tensor[TP_X_AGAIN] + tensor[TP_DX]));
@@ -2113,6 +2381,7 @@ static void make_plan(Run* r) {
     p.gpu = gpu_of(a->gpu);
     p.world = (int)a->world;
     p.dp = r->topology.layout.dp;
+    p.kernels = a->kernels;
     p.pp = r->topology.layout.pp;
     p.tp = r->topology.layout.tp;
     resolve_planned(r);
@@ -2141,11 +2410,18 @@ static void make_plan(Run* r) {
     p.parameters = count_parameters(r);
     p.vocab = r->config.vocab;
     plan_side(r, &matmuls, &p, &p.asked);
+    GptConfig asked = r->config;
     set_baseline(r);
     resolve_planned(r);
     plan_side(r, &matmuls, &p, &p.baseline);
     matmul_destroy(&matmuls);
-    if (a->json) { plan_print_json(stdout, &p); } else { plan_print(stdout, &p); }
+    if (a->json) {
+        plan_print_json(stdout, &p);
+    } else {
+        plan_print(stdout, &p);
+        r->config = asked;
+        note_slow_fp8(r, stdout, p.gpu);
+    }
     if (fflush(stdout) != 0) { die("--plan: cannot write: %s", strerror(errno)); }
 }
 
@@ -2203,13 +2479,15 @@ static void setup(Run* r, int argc, char** argv) {
         r->log = log_open("--output-dir", r->args.output_dir, false);
     }
     barrier(world);
+    choose_matmuls(r);
     model_commit(&r->model, &r->memory);
     model_set_weights(&r->model, r->has_file ? &r->file : NULL);
     if (r->has_file) { llmc_close(&r->file); }
     resolve_peak(r);
-    for (int i = 0; i < r->config.in_flight; i++) { r->batches.push_back(host_batch_create(rows_of(&r->model))); }
+    for (int i = 0; i < host_batches(&r->config); i++) { r->batches.push_back(host_batch_create(rows_of(&r->model))); }
     if (world->rank == 0) {
         print_settings(r);
+        note_slow_fp8(r, stdout, r->gpu);
         log_settings(r);
     }
     r->console = console_open(stdout, 100);
@@ -2223,21 +2501,23 @@ static void train(Run* r) {
     settings.weight_decay = (float)a->weight_decay;
     float weight = (float)(1.0 / (double)a->global_batch);
     double profile_start = 0.0;
-    struct { bool waiting; int64_t step; double lr, start; uint64_t sent[COMM_OPERATIONS]; } last = {};
-    double arrived = 0.0;  // when the last record did
+    struct { bool waiting, after; int64_t step; double lr, start; uint64_t sent[COMM_OPERATIONS]; } last = {};
+    bool after = false;  // a step: nothing has come between it and the next
     auto show_last = [&]() {
         if (!last.waiting) { return; }
         StepRecord record = read_record(m);
-        double now = wall_seconds();
-        show_step(r, last.step, &record, last.lr, now - max_of(last.start, arrived), last.sent);
-        arrived = now;
+        double seconds = device_is_gpu ? step_seconds(m, last.after) : wall_seconds() - last.start;
+        show_step(r, last.step, &record, last.lr, seconds, last.sent);
         last.waiting = false;
     };
     for (int64_t step = 0;; step++) {
         bool end = step == r->steps;
         bool validates = r->has_val && a->val_batches > 0 && a->val_every > 0 && (step % a->val_every == 0 || end);
         bool samples = a->sample_every > 0 && ((step > 0 && step % a->sample_every == 0) || end);
-        if (validates || samples || end) { show_last(); }
+        if (validates || samples || end) {
+            show_last();
+            after = false;
+        }
         if (validates) { validate(r, step); }
         if (samples) { show_sample(r, step); }
         if (end) { break; }
@@ -2249,6 +2529,8 @@ static void train(Run* r) {
         if (device_is_gpu) { show_last(); }  // the device is busy with this step meanwhile
         finish_step(m, &settings, weight);
         last.waiting = true;
+        last.after = after;
+        after = true;
         last.step = step;
         last.lr = lr;
         last.start = start;

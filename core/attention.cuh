@@ -7,8 +7,12 @@
 //     P = exp(QKᵀ/√hs - lse), dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P∘(dP - Σ_j P∘dP)/√hs, dQ = dS·K, dK = dSᵀ·Q
 // with dK and dV summed over blocks in FP32, in order. With rotary positions (RoPE: rotation by t·10000^(-2j/hs) of the pairs (j, j + hs/2), as in
 // GPT-NeoX) the queries and keys of one sequence are rotated into workspace first, and their gradients are rotated back as they are stored.
+//
+// Hopper has kernels of its own for BF16 and the usual head sizes (flash_hopper.cuh): no score leaves the chip. With them queries and keys are rotated within
+// qkv, which backward finds rotated, and Σ_j P∘dP is taken as Σ out∘dout: the output has to be kept.
 #pragma once
 #include "device.cuh"
+#include "flash_hopper.cuh"
 #include "matmul.cuh"
 #include "memory.h"
 #include "profile.h"
@@ -17,9 +21,11 @@ constexpr int ATTENTION_BLOCK = 256;  // queries at a time
 
 struct Attention {
     DType act;
-    int T, heads, head_size;
+    int B, T, heads, head_size;
+    bool flash;           // by flash_hopper.cuh; else by matmuls
     bool rope;            // rotary positions
     const float* rotary;  // (2, T, hs/2) cos, then sin; NULL without RoPE
+    float* delta;         // (B, heads, T) workspace of flash_hopper.cuh
     // workspace of one sequence and block
     void* q;              // (T, 2C) rotated queries and keys, of act; unused without rotation
     float* scores;        // (heads, block, T)
@@ -34,6 +40,8 @@ static inline int attention_block(int T) { return min_of(T, ATTENTION_BLOCK); }
 static inline void attention_allocate(Attention* a, Memory* memory) {
     size_t C = (size_t)a->heads * a->head_size, bytes = (size_t)dtype_bytes(a->act);
     size_t block = (size_t)a->heads * attention_block(a->T) * a->T;
+    a->delta = memory_take<float>(memory, WORKSPACE, a->flash ? (size_t)a->B * a->heads * a->T : 0);
+    if (a->flash) { return; }
     a->q = memory_take(memory, WORKSPACE, a->rope ? a->T * 2 * C : 0, bytes);
     a->scores = memory_take<float>(memory, WORKSPACE, block);
     a->dprobs = memory_take<float>(memory, WORKSPACE, block);
@@ -73,6 +81,28 @@ template <class T> struct RotateForward {  // out (T, 2C): rotated queries and k
                 store(y + half, c, b * co + a * si);
             });
         }
+    }
+};
+
+struct RotateInPlace {  // queries and keys of qkv (B·T, 3C); a row is a token
+    bf16* qkv;
+    const float* cosine;  // (T, hs/2)
+    const float* sine;    // (T, hs/2)
+    int T, heads, head_size;
+    template <class Team> DEVICE void operator()(Team full, int row) const {
+        int half = head_size / 2, hs = head_size, t = row % T;
+        bf16* x = qkv + (size_t)row * 3 * (size_t)(heads * hs);
+        const float* cs = cosine + (size_t)t * half;
+        const float* sn = sine + (size_t)t * half;
+        Team team = full.strided(half);  // a pack lies within a head's half
+        team.each(2 * heads * half, [=](auto c) {
+            bf16* y = x + c.i / (size_t)half * (size_t)hs;
+            auto at = c;
+            at.i = c.i % (size_t)half;
+            auto a = load(y, at), b = load(y + half, at), co = load(cs, at), si = load(sn, at);
+            store(y, at, a * co - b * si);
+            store(y + half, at, b * co + a * si);
+        });
     }
 };
 
@@ -235,6 +265,7 @@ static inline AttentionViews attention_views(const Attention* a, const void* qkv
 
 // f(product, how often a sequence makes it in the forward pass, and in the backward pass) for every product; `backward`: those of the backward pass too
 template <class F> static inline void each_attention_product(const Attention* a, bool backward, F f) {
+    if (a->flash) { return; }
     AttentionViews x = attention_views(a, NULL, NULL, NULL, 0);
     for (int first = 0; first < a->T; first += attention_block(a->T)) {
         int last = min_of(a->T, first + attention_block(a->T));
@@ -297,16 +328,34 @@ static inline void attention_backward_as(Attention* a, Matmul* mm, T* dqkv, cons
     }
 }
 
-// out (B, T, C) and lse (B, heads, T) from qkv (B, T, 3C)
-static inline void attention_forward(Attention* a, Matmul* mm, void* out, float* lse, const void* qkv, int B, Stream s) {
+// out (B, T, C) and lse (B, heads, T) from qkv (B, T, 3C), which is as attention_backward wants it afterwards
+static inline void attention_forward(Attention* a, Matmul* mm, void* out, float* lse, void* qkv, int B, Stream s) {
     ProfileScope scope("attention forward");
+#ifdef USE_CUDA
+    if (a->flash) {
+        if (a->rope) {
+            const float* sine = a->rotary + (size_t)a->T * (size_t)(a->head_size / 2);
+            run_rows(RotateInPlace{(bf16*)qkv, a->rotary, sine, a->T, a->heads, a->head_size}, B * a->T, s);
+        }
+        flash_forward((bf16*)out, lse, (const bf16*)qkv, true, B, a->T, a->heads, a->head_size, s);
+        return;
+    }
+#endif
     if (a->act == FP32) { attention_forward_as(a, mm, (float*)out, lse, (const float*)qkv, B, s); }
     else { attention_forward_as(a, mm, (bf16*)out, lse, (const bf16*)qkv, B, s); }
 }
 
-// dqkv (B, T, 3C) from dout (B, T, C), qkv and lse
-static inline void attention_backward(Attention* a, Matmul* mm, void* dqkv, const void* dout, const void* qkv, const float* lse, int B, Stream s) {
+// dqkv (B, T, 3C) from dout (B, T, C), out (which only flash_hopper.cuh reads), qkv and lse
+static inline void attention_backward(Attention* a, Matmul* mm, void* dqkv, const void* dout, const void* out, const void* qkv, const float* lse, int B, Stream s) {
     ProfileScope scope("attention backward");
+#ifdef USE_CUDA
+    if (a->flash) {
+        flash_backward((bf16*)dqkv, a->delta, (const bf16*)dout, (const bf16*)out, (const bf16*)qkv, lse, a->rope ? a->rotary : NULL, true, B, a->T, a->heads,
+                       a->head_size, s);
+        return;
+    }
+#endif
+    (void)out;
     if (a->act == FP32) { attention_backward_as(a, mm, (float*)dqkv, (const float*)dout, (const float*)qkv, lse, B, s); }
     else { attention_backward_as(a, mm, (bf16*)dqkv, (const bf16*)dout, (const bf16*)qkv, lse, B, s); }
 }

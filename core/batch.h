@@ -1,7 +1,7 @@
 // batch.h: one micro-batch on the host: tokens and targets, and its rows grouped by token, so that each token's embedding gradient is one sum in a fixed
-// order.
+// order. It lies in memory that a GPU copies from while the host goes on; `copied` says when it may be filled anew.
 #pragma once
-#include "common.h"
+#include "device.cuh"
 #include <algorithm>
 
 struct HostBatch {
@@ -10,22 +10,29 @@ struct HostBatch {
     int32_t* first;             // (groups + 1) where each group starts in `order`
     int32_t* group_token;       // (groups)
     int groups;
+    int32_t* count;             // (1) groups, for the device
     uint64_t* keys;             // (rows) workspace
+    Event copied;               // the last copy of it to the device
 };
 
 static inline HostBatch host_batch_create(int rows) {
     size_t n = (size_t)rows * sizeof(int32_t);
     HostBatch b = {};
-    b.tokens = (int32_t*)host_alloc(n);
-    b.targets = (int32_t*)host_alloc(n);
-    b.order = (int32_t*)host_alloc(n);
-    b.first = (int32_t*)host_alloc(n + sizeof(int32_t));
-    b.group_token = (int32_t*)host_alloc(n);
+    b.tokens = (int32_t*)pinned_alloc(n);
+    b.targets = (int32_t*)pinned_alloc(n);
+    b.order = (int32_t*)pinned_alloc(n);
+    b.first = (int32_t*)pinned_alloc(n + sizeof(int32_t));
+    b.group_token = (int32_t*)pinned_alloc(n);
+    b.count = (int32_t*)pinned_alloc(sizeof(int32_t));
     b.keys = (uint64_t*)host_alloc((size_t)rows * sizeof(uint64_t));
+    b.copied = event_create();
     return b;
 }
 static inline void host_batch_free(HostBatch* b) {
-    free(b->tokens); free(b->targets); free(b->order); free(b->first); free(b->group_token); free(b->keys);
+    int32_t* const pinned[] = {b->tokens, b->targets, b->order, b->first, b->group_token, b->count};
+    for (int32_t* p : pinned) { pinned_free(p); }
+    free(b->keys);
+    event_destroy(b->copied);
     *b = HostBatch{};
 }
 
@@ -46,5 +53,6 @@ static inline int batch_group_tokens(HostBatch* b, int rows, int from, int to) {
         }
     }
     b->first[b->groups] = n;
+    *b->count = b->groups;
     return n;
 }

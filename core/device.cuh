@@ -16,12 +16,15 @@
 // knows that a store cannot change them. Both forms add in a fixed order, so results repeat. Arithmetic is the same on both: contraction is off in
 // the build, and a fused multiply-add is written where it is meant (`fma`).
 //
-// Everything that only nvcc understands is here and in the tile kernels of matmul.cuh: launch syntax, shared memory, shuffles.
+// Everything that only nvcc understands is here, in the tile kernels of matmul.cuh and tiles.cuh, and in tensor_core.cuh and flash_hopper.cuh (PTX): launch syntax,
+// shared memory, shuffles.
 #pragma once
 #include "common.h"
 #include "float8.cuh"
 #ifdef USE_CUDA
 #include <cuda_runtime.h>
+#elif defined(SIMT)
+#include "../test/simt.h"  // kernels in their form for GPUs, on this CPU
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -108,6 +111,19 @@ static inline void event_wait(Event e) { CUDA_CHECK(cudaEventSynchronize(e)); }
 static inline void stream_wait_event(Stream s, Event e) { CUDA_CHECK(cudaStreamWaitEvent(s, e, 0)); }
 // Milliseconds between two timed events that have both passed
 static inline double event_milliseconds(Event from, Event to) { float ms; CUDA_CHECK(cudaEventElapsedTime(&ms, from, to)); return (double)ms; }
+// What is launched on the stream between begin and end is not done but kept, to be launched as one any number of times, with the same arguments.
+typedef cudaGraphExec_t Graph;
+static inline void graph_begin(Stream s) { CUDA_CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal)); }
+static inline Graph graph_end(Stream s) {
+    cudaGraph_t launches;
+    Graph g;
+    CUDA_CHECK(cudaStreamEndCapture(s, &launches));
+    CUDA_CHECK(cudaGraphInstantiate(&g, launches, 0));
+    CUDA_CHECK(cudaGraphDestroy(launches));
+    return g;
+}
+static inline void graph_launch(Graph g, Stream s) { CUDA_CHECK(cudaGraphLaunch(g, s)); }
+static inline void graph_free(Graph g) { CUDA_CHECK(cudaGraphExecDestroy(g)); }
 
 #else
 
@@ -118,9 +134,17 @@ static const char* const device_kind = "cpu";
 static inline void* device_alloc(size_t bytes) {
     void* p = aligned_alloc(256, round_up(bytes > 0 ? bytes : 1, (size_t)256));
     if (p == NULL) { die("out of memory: %zu bytes asked for", bytes); }
+#ifdef SIMT
+    simt_allocated(p, bytes);
+#endif
     return p;
 }
-static inline void device_free(void* p) { free(p); }
+static inline void device_free(void* p) {
+#ifdef SIMT
+    simt_freed(p);
+#endif
+    free(p);
+}
 static inline void copy_to_device(void* d, const void* host, size_t bytes, Stream) { memcpy(d, host, bytes); }
 static inline void copy_to_host(void* host, const void* d, size_t bytes, Stream) { memcpy(host, d, bytes); }
 static inline void device_copy(void* d, const void* src, size_t bytes, Stream) { memcpy(d, src, bytes); }
@@ -141,6 +165,11 @@ static inline void event_record(Event, Stream) {}
 static inline void event_wait(Event) {}
 static inline void stream_wait_event(Stream, Event) {}
 static inline double event_milliseconds(Event, Event) { return 0.0; }
+typedef struct CpuGraph* Graph;  // a CPU has no use for it
+static inline void graph_begin(Stream) {}
+static inline Graph graph_end(Stream) { return NULL; }
+static inline void graph_launch(Graph, Stream) {}
+static inline void graph_free(Graph) {}
 // What the system can give without swapping: free pages and the caches that it would drop
 static inline size_t device_memory_free(void) {
     size_t bytes = (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE), kib;
@@ -239,6 +268,26 @@ DEVICE float exp_of(float x) {
 }
 
 template <int N> DEVICE Vec<N> exp_of(Vec<N> a) { return Vec<N>::map([&](int k) { return exp_of(a.v[k]); }); }
+// As near as activations need it: on a GPU by its own instructions, a few units in the last place off, and not the CPU's bits
+DEVICE float exp_near(float x) {
+#ifdef __CUDA_ARCH__
+    return __expf(x);
+#else
+    return exp_of(x);
+#endif
+}
+// 1/(1 + e^-x)
+DEVICE float logistic_near(float x) {
+#ifdef __CUDA_ARCH__
+    float e, r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.44269504f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
+    return r;
+#else
+    return 1.0f / (1.0f + exp_of(-x));
+#endif
+}
+template <int N> DEVICE Vec<N> exp_near(Vec<N> a) { return Vec<N>::map([&](int k) { return exp_near(a.v[k]); }); }
 template <int N> DEVICE Vec<N> sqrt_of(const Vec<N>& a) { return Vec<N>::map([&](int k) { return sqrtf(a.v[k]); }); }
 template <int N> DEVICE Vec<N> fma_of(Vec<N> a, Vec<N> b, Vec<N> c) {
     return Vec<N>::map([&](int k) { return fma_of(a.v[k], b.v[k], c.v[k]); });
@@ -271,6 +320,9 @@ DEVICE int32_t ordered_bits(float x) {
 }
 DEVICE float from_ordered_bits(int32_t o) { return bits_to_float((uint32_t)(o ^ ((o >> 31) & 0x7fffffff))); }
 
+// Whether the packs of 8 elements that begin at p can be moved as words
+template <class T> DEVICE bool pack_aligned(const T* p) { return (size_t)p % (sizeof(T) >= 2 ? 16 : 8) == 0; }
+
 template <class T, int N> struct alignas(sizeof(T) * N >= 16 ? 16 : sizeof(T) * N) Raw { T e[N]; };
 
 // Moves a pack: on a GPU in words of 16 bytes where the row's packs are aligned to them, on a CPU by element (the compiler makes the vectors)
@@ -284,8 +336,8 @@ template <class Word, class T, int N> DEVICE void move_words(T* d, const T* s) {
 #endif
 }
 template <class T, int N> DEVICE void move_pack(T* d, const T* s) {
-    if constexpr (N > 1 && sizeof(T) * N >= 16) { move_words<uint4, T, N>(d, s); }
-    else if constexpr (N > 1 && sizeof(T) * N == 8) { move_words<uint2, T, N>(d, s); }
+    if constexpr (N > 1 && sizeof(T) * N % 16 == 0) { move_words<uint4, T, N>(d, s); }
+    else if constexpr (N > 1 && sizeof(T) * N % 8 == 0) { move_words<uint2, T, N>(d, s); }
     else { move_words<T, T, N>(d, s); }
 }
 #endif
@@ -443,6 +495,15 @@ DEVICE void atomic_max(uint32_t* target, uint32_t value) {
 #else
     uint32_t seen = __atomic_load_n(target, __ATOMIC_RELAXED);
     while (seen < value && !__atomic_compare_exchange_n(target, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+#endif
+}
+
+// *p, which others may be changing by these functions
+DEVICE uint32_t atomic_read(const uint32_t* p) {
+#if defined(__CUDA_ARCH__)
+    return *(volatile const uint32_t*)p;
+#else
+    return __atomic_load_n(p, __ATOMIC_RELAXED);
 #endif
 }
 
@@ -678,12 +739,17 @@ static inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sh
     kernel<<<grid, block, shared, stream>>>(args...);
     CUDA_CHECK(cudaGetLastError());
 }
+#elif defined(SIMT)
+template <class... P, class... A> static inline void launch_named(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t, Stream, A... args) {
+    simt_launch(name, kernel, grid, block, args...);
+}
+#define launch(kernel, ...) launch_named(#kernel, kernel, __VA_ARGS__)  // reports name it
 #endif
 
 // op(team, row) for rows 0 … rows-1; the rows must not depend on each other
 template <class Op> static inline void run_rows(Op op, int rows, Stream stream) {
     if (rows <= 0) { return; }
-#ifdef USE_CUDA
+#ifdef GPU_FORM
     launch(rows_kernel<Op>, dim3((unsigned)rows), dim3(TEAM_THREADS), 0, stream, op);
 #else
     (void)stream;

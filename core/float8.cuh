@@ -120,12 +120,47 @@ template <Rounding R> DEVICE uint16_t encode_bf16(float x, uint32_t random) {
     return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : rounded);
 }
 
-// x to the nearest value of the format, ties to even
+// x to the nearest value of the format, ties to even; by arithmetic
+DEVICE void from_float_by_arithmetic(bf16& d, float x) { d.bits = encode_bf16<NEAREST>(x, 0); }
+DEVICE void from_float_by_arithmetic(fp16& d, float x) { d.bits = (uint16_t)encode<LayoutFP16, NEAREST, 15>(x, 0); }
+DEVICE void from_float_by_arithmetic(e4m3& d, float x) { d.bits = (uint8_t)encode<LayoutE4M3, NEAREST, 7>(x, 0); }
+DEVICE void from_float_by_arithmetic(e5m2& d, float x) { d.bits = (uint8_t)encode<LayoutE5M2, NEAREST, 7>(x, 0); }
+
+// The same; GPUs have instructions that give the same bits (test/float8.cpp tries every float)
 DEVICE void from_float(float& d, float x) { d = x; }
-DEVICE void from_float(bf16& d, float x) { d.bits = encode_bf16<NEAREST>(x, 0); }
-DEVICE void from_float(fp16& d, float x) { d.bits = (uint16_t)encode<LayoutFP16, NEAREST, 15>(x, 0); }
-DEVICE void from_float(e4m3& d, float x) { d.bits = (uint8_t)encode<LayoutE4M3, NEAREST, 7>(x, 0); }
-DEVICE void from_float(e5m2& d, float x) { d.bits = (uint8_t)encode<LayoutE5M2, NEAREST, 7>(x, 0); }
+DEVICE void from_float(bf16& d, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(d.bits) : "f"(x));
+#else
+    from_float_by_arithmetic(d, x);
+#endif
+}
+DEVICE void from_float(fp16& d, float x) {
+#ifdef __CUDA_ARCH__
+    float y = x != x ? x : fminf(fmaxf(x, -65504.0f), 65504.0f);
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(d.bits) : "f"(y));
+#else
+    from_float_by_arithmetic(d, x);
+#endif
+}
+DEVICE void from_float(e4m3& d, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+    d.bits = (uint8_t)pair;
+#else
+    from_float_by_arithmetic(d, x);
+#endif
+}
+DEVICE void from_float(e5m2& d, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+    d.bits = (uint8_t)pair;
+#else
+    from_float_by_arithmetic(d, x);
+#endif
+}
 DEVICE void from_float(ue5m3& d, float x) { d.bits = encode_ue5m3<NEAREST>(x, 0); }
 
 // x to one of its two neighbours, the nearer the likelier: the expected value is x (within range). `random`: 32 random bits.
@@ -158,9 +193,31 @@ template <class L, int SIGN> DEVICE float decode(int32_t code) {
 
 DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(bf16 x) { return bits_to_float((uint32_t)x.bits << 16); }
-DEVICE float to_float(fp16 x) { return decode<LayoutFP16, 15>((int16_t)x.bits); }
-DEVICE float to_float(e4m3 x) { return decode<LayoutE4M3, 7>((int8_t)x.bits); }
-DEVICE float to_float(e5m2 x) { return decode<LayoutE5M2, 7>((int8_t)x.bits); }
+DEVICE float to_float(fp16 x) {
+#ifdef __CUDA_ARCH__
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
+    return f;
+#else
+    return decode<LayoutFP16, 15>((int16_t)x.bits);
+#endif
+}
+DEVICE float to_float(e4m3 x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((uint16_t)x.bits));
+    return to_float(fp16{(uint16_t)halves});
+#else
+    return decode<LayoutE4M3, 7>((int8_t)x.bits);
+#endif
+}
+DEVICE float to_float(e5m2 x) {
+#ifdef __CUDA_ARCH__
+    return to_float(fp16{(uint16_t)(x.bits << 8)});
+#else
+    return decode<LayoutE5M2, 7>((int8_t)x.bits);
+#endif
+}
 DEVICE float to_float(ue5m3 x) { return decode<LayoutUE5M3, 8>(x.bits); }
 
 // ---- FP8 to BF16, times a power of two ----

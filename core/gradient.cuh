@@ -88,17 +88,17 @@ template <class T> struct AmaxPieces {  // *amax = max(*amax, max |x|) as float 
 
 // ---- accumulation over micro-batches ----
 
-template <class A> struct SumAmax {  // *amax = max |[sum·descale] + addend|
+template <class A, class B> struct SumAmax {  // *amax = max |[sum·descale] + addend|
     uint32_t* amax;
     const A* sum;
-    const float* addend;
+    const B* addend;
     const float* slot;
     size_t elements;
     bool add;
     template <class Team> DEVICE void operator()(Team team, int piece) const {
         size_t first = (size_t)piece * PIECE;
         const A* ps = sum + first;
-        const float* pa = addend + first;
+        const B* pa = addend + first;
         float k = slot[0];
         int n = piece_length(elements, first);
         uint32_t top = add ? team.amax(n, [=](auto c) { return load(ps, c) * k + load(pa, c); }) : team.amax(n, [=](auto c) { return load(pa, c); });
@@ -128,19 +128,20 @@ template <Rounding R, class Team, class F> DEVICE void each_numbered(Team team, 
     }
 }
 
-template <class A, Rounding R> struct AddGradient {  // sum = A(([sum·previous descale] + addend)·scale)
+template <class A, class B, Rounding R> struct AddGradient {  // sum = A(([sum·previous descale] + addend)·scale)
     A* sum;
-    const float* addend;
+    const B* addend;
     const float* slot;      // NULL = 1: for BF16
     RandomKey key;          // of this addition
     ElementMap whole;       // the number of an element within the whole tensor,
     uint64_t first_element; // from that of sum[0] within this rank's share
     size_t elements;
     bool add;
-    template <class Team> DEVICE void operator()(Team team, int piece) const {
+    template <class Team> DEVICE void operator()(Team full, int piece) const {
         size_t first = (size_t)piece * PIECE;
         A* ps = sum + first;
-        const float* pa = addend + first;
+        const B* pa = addend + first;
+        Team team = pack_aligned(ps) && pack_aligned(pa) ? full : full.unaligned();
         float scale = slot != NULL ? slot[1] : 1.0f, previous = slot != NULL ? slot[2] : 1.0f;
         RandomKey k = key;
         uint64_t here = first_element + first;
@@ -150,18 +151,22 @@ template <class A, Rounding R> struct AddGradient {  // sum = A(([sum·previous 
     }
 };
 
-// sum (elements) [+]= addend, rounded to the accumulator's format. `slot`, `amax`: of an FP8 accumulator, which takes the whole tensor at once.
+// sum (elements) [+]= addend, FP32 or BF16, rounded to the accumulator's format. `slot`, `amax`: of an FP8 accumulator, which takes the whole tensor at once.
 // `first_element`: number of sum[0] within this rank's share, which lies within the whole tensor as `whole` says.
-static inline void add_gradient(DType type, void* sum, const float* addend, float* slot, uint32_t* amax, Rounding rounding, RandomKey key, ElementMap whole,
+static inline void add_gradient(DType type, void* sum, const void* addend, DType addend_type, float* slot, uint32_t* amax, Rounding rounding, RandomKey key, ElementMap whole,
                                 uint64_t first_element, size_t elements, bool add, Stream s) {
     with_accumulator(type, rounding, [&](auto tag, auto r) {
-        typedef typename decltype(tag)::type A;
-        int pieces = pieces_of(elements);
-        if (is_fp8(type)) {
-            run_rows(SumAmax<A>{amax, (const A*)sum, addend, slot, elements, add}, pieces, s);
-            run_rows(SumSlot{slot, amax, largest_of(type)}, 1, s);
-        }
-        run_rows(AddGradient<A, decltype(r)::value>{(A*)sum, addend, is_fp8(type) ? slot : NULL, key, whole, first_element, elements, add}, pieces, s);
+        with_type(addend_type, [&](auto addend_tag) {
+            typedef typename decltype(tag)::type A;
+            typedef typename decltype(addend_tag)::type B;
+            const B* b = (const B*)addend;
+            int pieces = pieces_of(elements);
+            if (is_fp8(type)) {
+                run_rows(SumAmax<A, B>{amax, (const A*)sum, b, slot, elements, add}, pieces, s);
+                run_rows(SumSlot{slot, amax, largest_of(type)}, 1, s);
+            }
+            run_rows(AddGradient<A, B, decltype(r)::value>{(A*)sum, b, is_fp8(type) ? slot : NULL, key, whole, first_element, elements, add}, pieces, s);
+        });
     });
 }
 
@@ -173,11 +178,12 @@ template <class A, Rounding R> struct AddAccumulators {  // sum = A(first + seco
     ElementMap whole;        // as in AddGradient
     uint64_t first_element;
     size_t elements;
-    template <class Team> DEVICE void operator()(Team team, int piece) const {
+    template <class Team> DEVICE void operator()(Team full, int piece) const {
         size_t from = (size_t)piece * PIECE;
         A* ps = sum + from;
         const A* pa = first + from;
         const A* pb = second + from;
+        Team team = pack_aligned(ps) && pack_aligned(pa) && pack_aligned(pb) ? full : full.unaligned();
         RandomKey k = key;
         each_numbered<R>(team, piece_length(elements, from), whole, first_element + from,
                          [=](auto c, uint64_t at) { store_rounded<R>(ps, c, load(pa, c) + load(pb, c), k, at); });
@@ -311,10 +317,11 @@ template <class D> struct SumParts {  // sums = ((part_0·d_0 + part_1·d_1) + �
     int ranks, descale_stride;
     size_t elements;
     bool add;               // to what is in sums, which then comes first
-    template <class Team> DEVICE void operator()(Team team, int piece) const {
+    template <class Team> DEVICE void operator()(Team full, int piece) const {
         size_t first = (size_t)piece * PIECE, step = stride;
         float* out = sums + first;
         const D* p = parts + first;
+        Team team = pack_aligned(out) && pack_aligned(p) ? full.strided((int)(step % 16)) : full.unaligned();
         int n = piece_length(elements, first), count = ranks, d_step = descale_stride;
         const float* d = descales;
         auto descale = [=](int r) { return d != NULL ? d[(size_t)r * d_step] : 1.0f; };

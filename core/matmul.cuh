@@ -17,14 +17,19 @@
 // as descale is a power of two. What the GPU backend does with a shape, copies included, is decided by `matmul_gpu_plan` below, a pure
 // function that both builds compile: the planner asks it about GPUs that are not there.
 //
+// Where the library has several algorithms for a shape (cuBLASLt), its first is taken, unless a choice was made: `matmul_choose` times them,
+// once for all shapes that were planned, and matmul_choices_write and matmul_choices_read carry the choices to other ranks, runs and
+// checkpoints (matmul_choice.h).
+//
 // Numbers: |err| <= 16·2⁻²⁴·Σ|ab| for FP32 D, and half a unit of BF16 more for BF16 D; sums that are exactly representable are exact. NaN
-// and inf propagate; BF16 subnormals may be flushed. The same call on the same device with the same thread count gives the same bits.
+// and inf propagate; BF16 subnormals may be flushed. The same call on the same device with the same thread count and algorithm gives the same bits.
 #pragma once
+#include "device.cuh"
+#include <algorithm>
 #include <string>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
-#include "device.cuh"
-#include <type_traits>
 
 // ---- the interface ----
 
@@ -46,7 +51,7 @@ struct MatmulCall {
     const void* bias;       // (n), the same for every row and batch; NULL = none
     DType bias_dtype;       // FP32 or BF16
     int m, n, k, batch;
-    bool accumulate;        // D += …; FP32 D only
+    bool accumulate;        // D += …, summed in FP32; a BF16 D is rounded each time
     bool fast_accumulate;   // Hopper's fast FP8 accumulation, for forward only; CPUs and other formats ignore it
 };
 
@@ -94,6 +99,8 @@ struct MatmulShapeEqual {
     bool operator()(const MatmulShape& a, const MatmulShape& b) const { return memcmp(&a, &b, sizeof(a)) == 0; }
 };
 
+#include "matmul_choice.h"
+
 struct Matmul {
     bool timing;            // measure each call (on a GPU that waits for it): for the bench
     bool imagined;          // of a GPU that is not there: calls are planned, none is made
@@ -104,6 +111,8 @@ struct Matmul {
     MatmulBackend* backend;
     std::unordered_map<MatmulShape, MatmulEntry*, MatmulShapeHash, MatmulShapeEqual>* shapes;
     std::vector<MatmulEntry*>* order;  // the same entries, in the order of their first use
+    std::string* device;    // GPU and library, as choices name them
+    MatmulChoices* choices; // algorithms that shapes take, those of other runs and devices too; a shape that is not there takes the first
 };
 
 constexpr size_t MATMUL_ALIGNMENT = 256;  // bytes; of the workspace and of its parts
@@ -143,7 +152,6 @@ static inline const char* matmul_objection(const MatmulCall* c) {
     if (a == E5M2 && b == E5M2) { return "e5m2 x e5m2 is no hardware's product: one operand must be e4m3"; }
     if (c->d_dtype != FP32 && c->d_dtype != BF16) { return "the result is fp32 or bf16"; }
     if (c->bias != NULL && c->bias_dtype != FP32 && c->bias_dtype != BF16) { return "a bias is fp32 or bf16"; }
-    if (c->accumulate && c->d_dtype != FP32) { return "only fp32 results accumulate: bf16 would round each time"; }
     if (c->m < 0 || c->n < 0 || c->k < 0) { return "negative size"; }
     if (c->batch < 1) { return "a batch is 1 or more"; }
     if (c->a.ld < max_of(a_cols, 1) || c->b.ld < max_of(b_cols, 1) || c->d_ld < max_of(c->n, 1)) {
@@ -280,7 +288,7 @@ template <class To, class From> struct ConvertRows {
         To* yr = y + (size_t)row * (size_t)y_ld;
         const From* xr = x + (int64_t)(row / rows) * x_batch_stride + (int64_t)(row % rows) * x_ld;
         float s = descale != NULL ? *descale : 1.0f;
-        bool packs = (size_t)xr % (8 * sizeof(From) < 16 ? 8 * sizeof(From) : 16) == 0 && (size_t)yr % 16 == 0;
+        bool packs = pack_aligned(xr) && pack_aligned(yr);
         Team t = packs ? team : team.unaligned();
         if constexpr (std::is_same<To, bf16>::value && sizeof(From) == 1) {
             int k = (int)(float_to_bits(s) >> 23) - 127;  // s = 2^k
@@ -367,10 +375,11 @@ struct TransposeBytes {
 
     DEVICE void load_tile(uint32_t* tile, int thread, int tile_row, int tile_col, int batch) const {
         int r = thread / 4, c = thread % 4 * 16, row = tile_row * TILE + r, col = tile_col * TILE + c;
-        if (row >= rows || col >= cols) { return; }
         const uint8_t* p = x + batch * x_batch_stride + row * x_ld + col;
         Chunk v = {};
-        if (col + 16 <= cols && (size_t)p % 16 == 0) {
+        if (row >= rows || col >= cols) {
+            // zeros, which nobody wants: but shared memory that is read shall have been written
+        } else if (col + 16 <= cols && (size_t)p % 16 == 0) {
             memcpy(&v, __builtin_assume_aligned(p, 16), 16);
         } else {
             UNROLL
@@ -421,11 +430,23 @@ static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* 
 enum MatmulMark { CALL_BEGINS, LIBRARY_BEGINS, LIBRARY_ENDS, CALL_ENDS, MATMUL_MARKS };
 static inline void backend_mark(Matmul* mm, MatmulMark mark, Stream stream);
 static inline double backend_seconds(Matmul* mm, MatmulMark from, MatmulMark to);  // waits for the second
+// The library's algorithms for a shape, its first choice first. None: there is nothing to choose.
+static inline std::string backend_device(void);
+static inline int kernel_algorithms(const MatmulKernel* kernel);
+static inline MatmulAlgorithm kernel_algorithm(const MatmulKernel* kernel, int number);  // -1: the one that is taken
+static inline bool kernel_take(Matmul* mm, MatmulEntry* entry, const MatmulAlgorithm* algorithm);  // false: the library refuses it for this shape
+// Seconds of one call within the library with that algorithm: of `calls` calls back to back, which it waits for; infinite: it failed
+static inline double kernel_time(Matmul* mm, MatmulEntry* entry, const MatmulCall* c, int number, int calls, Stream stream);
 
 #ifdef USE_CUDA
 #include "matmul_cublaslt.cuh"
 #else
 #include "matmul_onednn.h"
+static inline std::string backend_device(void) { return "cpu"; }  // oneDNN has one algorithm a shape
+static inline int kernel_algorithms(const MatmulKernel*) { return 0; }
+static inline MatmulAlgorithm kernel_algorithm(const MatmulKernel*, int) { return MatmulAlgorithm{}; }
+static inline bool kernel_take(Matmul*, MatmulEntry*, const MatmulAlgorithm*) { return false; }
+static inline double kernel_time(Matmul*, MatmulEntry*, const MatmulCall*, int, int, Stream) { return INFINITY; }
 #endif
 
 // ---- the public functions ----
@@ -434,7 +455,9 @@ static inline void matmul_create(Matmul* mm) {
     *mm = Matmul{};
     mm->shapes = new std::unordered_map<MatmulShape, MatmulEntry*, MatmulShapeHash, MatmulShapeEqual>();
     mm->order = new std::vector<MatmulEntry*>();
+    mm->choices = new MatmulChoices();
     backend_create(mm);
+    mm->device = new std::string(backend_device());
 }
 
 // For planning on a GPU that is not there; nothing of a library or device is touched.
@@ -452,8 +475,17 @@ static inline void matmul_destroy(Matmul* mm) {
     }
     delete mm->order;
     delete mm->shapes;
+    delete mm->choices;
+    delete mm->device;
     backend_destroy(mm);
     *mm = Matmul{};
+}
+
+// The shape takes the algorithm that was chosen for it. Whether it has one, and the library takes it
+static inline bool take_choice(Matmul* mm, MatmulEntry* entry) {
+    MatmulAlgorithm algorithm;
+    auto found = mm->choices->find(choice_key(*mm->device, &entry->shape));
+    return found != mm->choices->end() && choice_unhex(&algorithm, found->second) && kernel_take(mm, entry, &algorithm);
 }
 
 // `pointers`: they are set and count
@@ -484,7 +516,10 @@ static inline MatmulEntry* matmul_entry(Matmul* mm, const MatmulCall* c, bool po
     if (objection != NULL) { matmul_refuse(c, objection); }
     MatmulEntry* entry = new MatmulEntry();
     entry->shape = s;
-    if (c->m > 0 && c->n > 0 && c->k > 0) { kernel_create(mm, entry, c); }
+    if (c->m > 0 && c->n > 0 && c->k > 0) {
+        kernel_create(mm, entry, c);
+        take_choice(mm, entry);
+    }
     mm->shapes->emplace(s, entry);
     mm->order->push_back(entry);
     return entry;
@@ -542,16 +577,16 @@ static inline void matmul(Matmul* mm, const MatmulCall* c, Stream stream) {
     }
 }
 
-// ---- what the library does by itself, and the report ----
+// ---- what the library does by itself ----
 
-struct FillRandom {         // uniform in [-1, 1); a row is 4096 elements
+template <class T> struct FillRandom {  // uniform in [-1, 1); a row is 4096 elements
     static constexpr size_t ROW = 4096;
-    bf16* y;
+    T* y;
     size_t elements;
     RandomKey key;
     template <class Team> DEVICE void operator()(Team team, int row) const {
         size_t first = (size_t)row * ROW;
-        bf16* yr = y + first;
+        T* yr = y + first;
         RandomKey k = key;
         team.each((int)min_of(ROW, elements - first), [=](auto c) {
             auto element = [=](int i) { return 0x1p-31f * (float)(int32_t)random_bits(k, first + c.i + (size_t)i); };
@@ -559,6 +594,10 @@ struct FillRandom {         // uniform in [-1, 1); a row is 4096 elements
         });
     }
 };
+
+template <class T> static inline void fill_random(void* y, size_t elements, uint64_t number, Stream stream) {
+    run_rows(FillRandom<T>{(T*)y, elements, random_key(1, 0, number)}, (int)ceil_div(elements, FillRandom<T>::ROW), stream);
+}
 
 // Elements from the first to the last of (batch, rows, cols)
 static inline size_t extent_of(int batch, int64_t batch_stride, int64_t rows, int64_t ld, int64_t cols) {
@@ -604,8 +643,8 @@ static inline void matmul_time_alone(Matmul* mm, Stream stream) {
     matmul_set_workspace(&alone, workspace, alone.planned);
     void *a = device_alloc(a_bytes), *b = device_alloc(b_bytes), *d = device_alloc(d_bytes);
     // two BF16 numbers of [-1, 1) are an FP32 number of [-1, 1) as well
-    run_rows(FillRandom{(bf16*)a, a_bytes / 2, random_key(1, 0, 0)}, (int)ceil_div(a_bytes / 2, FillRandom::ROW), stream);
-    run_rows(FillRandom{(bf16*)b, b_bytes / 2, random_key(1, 0, 1)}, (int)ceil_div(b_bytes / 2, FillRandom::ROW), stream);
+    fill_random<bf16>(a, a_bytes / 2, 0, stream);
+    fill_random<bf16>(b, b_bytes / 2, 1, stream);
     device_zero(d, d_bytes, stream);
     auto statistics_of = [&](const MatmulCall* c) { return &matmul_entry(&alone, c, true)->statistics; };
     for (int run = 0; run < 3; run++) {  // all shapes, and then all again: what slows the machine for a moment slows no shape three times
@@ -633,6 +672,154 @@ static inline void matmul_time_alone(Matmul* mm, Stream stream) {
     device_free(workspace);
     matmul_destroy(&alone);
 }
+
+// ---- the choice of algorithms ----
+
+// A call of this shape
+static inline MatmulCall matmul_shape_call(const MatmulShape* s, void* d, const void* a, const void* b, const void* bias, const float* descale) {
+    MatmulCall c = {};
+    c.d = d; c.d_dtype = (DType)s->d_dtype; c.d_ld = s->d_ld; c.d_batch_stride = s->d_stride;
+    c.a = Operand{a, (DType)s->a_dtype, is_fp8((DType)s->a_dtype) ? descale : NULL, s->a_ld, s->a_stride, s->a_transposed};
+    c.b = Operand{b, (DType)s->b_dtype, is_fp8((DType)s->b_dtype) ? descale : NULL, s->b_ld, s->b_stride, s->b_transposed};
+    c.bias = s->bias ? bias : NULL;
+    c.bias_dtype = (DType)s->bias_dtype;
+    c.m = s->m; c.n = s->n; c.k = s->k; c.batch = s->batch;
+    c.accumulate = s->accumulate;
+    c.fast_accumulate = s->fast_accumulate;
+    return c;
+}
+
+static inline double shape_flops(const MatmulShape* s) { return 2.0 * s->m * s->n * s->k * s->batch; }
+
+// Bytes from the first element of an operand to its last
+static inline size_t a_bytes_of(const MatmulShape* s) {
+    return extent_of(s->batch, s->a_stride, s->a_transposed ? s->k : s->m, s->a_ld, s->a_transposed ? s->m : s->k) * dtype_bytes((DType)s->a_dtype);
+}
+static inline size_t b_bytes_of(const MatmulShape* s) {
+    return extent_of(s->batch, s->b_stride, s->b_transposed ? s->n : s->k, s->b_ld, s->b_transposed ? s->k : s->n) * dtype_bytes((DType)s->b_dtype);
+}
+static inline size_t d_bytes_of(const MatmulShape* s) {
+    return extent_of(s->batch, s->d_stride, s->m, s->d_ld, s->n) * dtype_bytes((DType)s->d_dtype);
+}
+
+static inline void fill_operand(void* x, size_t bytes, DType t, uint64_t number, Stream stream) {
+    switch (t) {
+        case E4M3: fill_random<e4m3>(x, bytes, number, stream); break;
+        case E5M2: fill_random<e5m2>(x, bytes, number, stream); break;
+        case BF16: fill_random<bf16>(x, bytes / 2, number, stream); break;
+        default: fill_random<float>(x, bytes / 4, number, stream);
+    }
+}
+
+// Times of the planned shapes that have no choice yet the library's algorithms, and chooses. A shape of less than a thousandth of the largest's
+// operations, and what is not done after `seconds`, largest shapes first, take the library's first; that counts as chosen too, so that it
+// stays. With operands, results and workspace of its own, so before the run's memory is taken. Returns how many shapes were timed.
+static inline int matmul_choose(Matmul* mm, double seconds, Stream stream) {
+    constexpr int ROUNDS = 5;
+    std::vector<MatmulEntry*> open, timed;
+    double most = 0.0, start = wall_seconds();
+    for (MatmulEntry* e : *mm->order) {
+        if (e->kernel == NULL || kernel_algorithms(e->kernel) == 0) { continue; }
+        if (mm->choices->count(choice_key(*mm->device, &e->shape)) > 0) { continue; }
+        most = max_of(most, shape_flops(&e->shape));
+        open.push_back(e);
+    }
+    auto larger = [](const MatmulEntry* a, const MatmulEntry* b) { return shape_flops(&a->shape) > shape_flops(&b->shape); };
+    std::stable_sort(open.begin(), open.end(), larger);
+    size_t workspace_bytes = 0, a_bytes = 0, b_bytes = 0, d_bytes = 0, bias_bytes = 0;
+    for (MatmulEntry* e : open) {
+        if (shape_flops(&e->shape) < 1e-3 * most || kernel_algorithms(e->kernel) < 2) { continue; }
+        workspace_bytes = max_of(workspace_bytes, e->workspace);
+        a_bytes = max_of(a_bytes, a_bytes_of(&e->shape));
+        b_bytes = max_of(b_bytes, b_bytes_of(&e->shape));
+        d_bytes = max_of(d_bytes, d_bytes_of(&e->shape));
+        bias_bytes = max_of(bias_bytes, (size_t)e->shape.n * 4);
+        timed.push_back(e);
+    }
+    int done = 0;
+    if (!timed.empty()) {
+        void *a = device_alloc(a_bytes), *b = device_alloc(b_bytes), *d = device_alloc(d_bytes), *bias = device_alloc(bias_bytes);
+        float* descale = (float*)device_alloc(16);
+        void *workspace = device_alloc(workspace_bytes), *kept = mm->workspace;
+        size_t kept_bytes = mm->workspace_bytes;
+        matmul_set_workspace(mm, workspace, workspace_bytes);
+        float one[4] = {1.0f};
+        copy_to_device(descale, one, sizeof(one), stream);
+        device_zero(bias, bias_bytes, stream);
+        device_zero(d, d_bytes, stream);
+        for (MatmulEntry* e : timed) {
+            if (wall_seconds() - start > seconds) { break; }
+            MatmulCall c = matmul_shape_call(&e->shape, d, a, b, bias, descale);
+            fill_operand(a, a_bytes_of(&e->shape), c.a.dtype, 0, stream);
+            fill_operand(b, b_bytes_of(&e->shape), c.b.dtype, 1, stream);
+            int count = kernel_algorithms(e->kernel), best;
+            std::vector<double> fastest((size_t)count);
+            std::vector<int> calls((size_t)count);
+            for (int i = 0; i < count; i++) {
+                kernel_time(mm, e, &c, i, 1, stream);  // warms up
+                fastest[(size_t)i] = kernel_time(mm, e, &c, i, 1, stream);
+                calls[(size_t)i] = (int)max_of(min_of(2e-4 / fastest[(size_t)i], 20.0), 1.0);  // short, but long beside what events add
+            }
+            for (int round = 0; round < ROUNDS; round++) {  // all, and then all again: what slows the GPU for a moment slows none five times
+                for (int i = 0; i < count; i++) {
+                    if (!isfinite(fastest[(size_t)i])) { continue; }
+                    double one_call = kernel_time(mm, e, &c, i, calls[(size_t)i], stream);
+                    fastest[(size_t)i] = round == 0 ? one_call : min_of(fastest[(size_t)i], one_call);
+                }
+            }
+            best = choose_fastest(fastest.data(), count);
+            MatmulAlgorithm algorithm = kernel_algorithm(e->kernel, best);
+            kernel_take(mm, e, &algorithm);
+            done++;
+        }
+        stream_sync(stream);
+        matmul_set_workspace(mm, kept, kept_bytes);
+        for (void* p : {a, b, d, bias, workspace, (void*)descale}) { device_free(p); }
+    }
+    for (MatmulEntry* e : open) {
+        MatmulAlgorithm algorithm = kernel_algorithm(e->kernel, -1);
+        mm->choices->emplace(choice_key(*mm->device, &e->shape), choice_hex(&algorithm));
+    }
+    return done;
+}
+
+// The choices as lines of text: of the shapes that were planned or called here
+static inline void matmul_choices_write(const Matmul* mm, std::string* text) {
+    MatmulChoices here;
+    for (const MatmulEntry* e : *mm->order) {
+        if (e->kernel == NULL || kernel_algorithms(e->kernel) == 0) { continue; }
+        MatmulAlgorithm algorithm = kernel_algorithm(e->kernel, -1);
+        here.emplace(choice_key(*mm->device, &e->shape), choice_hex(&algorithm));
+    }
+    *text = choices_text(here);
+}
+
+// Shapes take the choices in `text`, those that are planned later too; choices that were made before go. A line that names this device and
+// shape but that the library refuses goes as well. Returns how many lines are damaged.
+static inline int matmul_choices_read(Matmul* mm, const char* text) {
+    mm->choices->clear();
+    int damaged = choices_parse(mm->choices, text);
+    for (MatmulEntry* e : *mm->order) {
+        if (e->kernel == NULL || kernel_algorithms(e->kernel) == 0 || take_choice(mm, e)) { continue; }
+        MatmulAlgorithm first = kernel_algorithm(e->kernel, 0);
+        kernel_take(mm, e, &first);
+        mm->choices->erase(choice_key(*mm->device, &e->shape));
+    }
+    return damaged;
+}
+
+// Shapes with a choice to make, and those whose choice is not the library's first
+static inline void matmul_choices_count(const Matmul* mm, int* shapes, int* others) {
+    *shapes = *others = 0;
+    for (const MatmulEntry* e : *mm->order) {
+        if (e->kernel == NULL || kernel_algorithms(e->kernel) == 0) { continue; }
+        MatmulAlgorithm first = kernel_algorithm(e->kernel, 0), taken = kernel_algorithm(e->kernel, -1);
+        *shapes += 1;
+        *others += memcmp(&first, &taken, sizeof(first)) != 0;
+    }
+}
+
+// ---- the report ----
 
 static inline void matmul_report_speed(FILE* f, double flops, double seconds) {
     if (seconds > 0.0) { fprintf(f, " %9.1f", 1e-9 * flops / seconds); }

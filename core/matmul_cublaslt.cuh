@@ -5,8 +5,17 @@
 // cols × rows with the same leading dimension. In these terms a linear layer's forward product is the library's "TN", the only form in
 // which Hopper multiplies FP8; the others get a transposed copy in the workspace, as matmul_gpu_plan says.
 //
-// Descriptors and the choice of algorithm are made once a shape; a call sets the pointers within the descriptor and launches. Nothing waits
-// for the device. The choice is the library's first; it depends on library and device only, so results repeat.
+// Descriptors are made and the library's heuristics asked once a shape; a call sets the pointers within the descriptor and launches. Nothing waits
+// for the device. Of what the heuristics name the first is taken, which depends on library and device only, or what was chosen (matmul_choose): as
+// choices are kept, results repeat.
+//
+// What FP8 on 9.0 allows, and what of it is used: COMPUTE_32F, one dequantising scale a tensor for A and B (16-byte aligned, or 13.0 reads
+// beside it), fast accumulation where the caller asks (forward), FP32 D with β = 1 (weight gradients), a BF16 bias beside BF16 or FP32 D.
+//
+// GELU is not left to the library, though GELU_AUX_BIAS with D in E4M3 would save GELU's pass its 2 bytes read an element. cublasLt.h allows
+// beside E4M3 D an aux (fc before GELU, which backward needs) of E4M3 or FP16, and ours is BF16. D's scale must be known before the product:
+// none just in time. And it takes GELU of the FP32 sum, where --recompute makes GELU again from the rounded fc: other codes than in forward.
+// It may pay with --recompute 0 and an FP16 fc; that is to be measured first.
 #pragma once
 #include <cublasLt.h>
 
@@ -19,9 +28,12 @@ struct MatmulKernel {
     GpuPlan plan;
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;  // ours: the library's first operand is b
-    cublasLtMatmulAlgo_t algorithm;
+    std::vector<cublasLtMatmulAlgo_t> algorithms;  // as the heuristics rank them
+    cublasLtMatmulAlgo_t algorithm;  // that is taken
     char name[96];
 };
+
+constexpr int MOST_ALGORITHMS = 8;  // of a shape
 
 static inline void cublaslt_check(cublasStatus_t status, const char* call, const char* file, int line) {
     if (status == CUBLAS_STATUS_SUCCESS) { return; }
@@ -52,6 +64,12 @@ static inline void kernel_destroy(MatmulKernel* k) {
 }
 
 static inline const char* kernel_name(const MatmulKernel* kernel) { return kernel->name; }
+
+static inline std::string backend_device(void) {
+    char name[128];
+    device_name(name, sizeof(name));
+    return choice_device(name, cublasLtGetVersion());
+}
 
 static inline void backend_mark(Matmul* mm, MatmulMark mark, Stream stream) {
     CUDA_CHECK(cudaEventRecord(mm->backend->marks[mark], stream));
@@ -101,6 +119,16 @@ static inline int algorithm_setting(const cublasLtMatmulAlgo_t* algorithm, cubla
     return status == CUBLAS_STATUS_SUCCESS ? value : -1;
 }
 
+static inline void name_kernel(MatmulKernel* k) {
+    const GpuPlan* p = &k->plan;
+    snprintf(k->name, sizeof(k->name), "algorithm %d tile %d stages %d split %d%s%s%s%s",
+             algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_ID), algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID),
+             algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_STAGES_ID),
+             algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM), p->a.copy == GPU_TRANSPOSE ? ", transposes A" : "",
+             p->b.copy == GPU_TRANSPOSE ? ", transposes B" : "", p->a.copy == GPU_DECODE ? ", decodes A" : "",
+             p->b.copy == GPU_DECODE ? ", decodes B" : "");
+}
+
 static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCall* c) {
     MatmulKernel* k = new MatmulKernel();
     entry->kernel = k;
@@ -146,24 +174,44 @@ static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCal
     bool fp32 = c->d_dtype == FP32 || p->d_copy;
     set_preference(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
                    (uint32_t)(fp32 ? CUBLASLT_REDUCTION_SCHEME_MASK : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
-    cublasLtMatmulHeuristicResult_t result = {};
+    cublasLtMatmulHeuristicResult_t results[MOST_ALGORITHMS] = {};
     int found = 0;
-    cublasStatus_t status =
-        cublasLtMatmulAlgoGetHeuristic(mm->backend->handle, k->operation, k->b, k->a, k->d, k->d, preference, 1, &result, &found);
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(mm->backend->handle, k->operation, k->b, k->a, k->d, k->d, preference,
+                                                           MOST_ALGORITHMS, results, &found);
     CUBLASLT_CHECK(cublasLtMatmulPreferenceDestroy(preference));
-    if (status != CUBLAS_STATUS_SUCCESS || found < 1 || result.state != CUBLAS_STATUS_SUCCESS) {
+    for (int i = 0; status == CUBLAS_STATUS_SUCCESS && i < found; i++) {
+        if (results[i].state == CUBLAS_STATUS_SUCCESS) { k->algorithms.push_back(results[i].algo); }
+    }
+    if (k->algorithms.empty()) {
         char why[160];
         snprintf(why, sizeof(why), "cuBLASLt has no algorithm for this on a GPU of capability %d.%d (%s)", mm->capability / 10,
-                 mm->capability % 10, cublasLtGetStatusString(status != CUBLAS_STATUS_SUCCESS || found < 1 ? status : result.state));
+                 mm->capability % 10, cublasLtGetStatusString(status != CUBLAS_STATUS_SUCCESS || found < 1 ? status : results[0].state));
         matmul_refuse(c, why);
     }
-    k->algorithm = result.algo;
-    snprintf(k->name, sizeof(k->name), "algorithm %d tile %d stages %d split %d%s%s%s%s",
-             algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_ID), algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID),
-             algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_STAGES_ID),
-             algorithm_setting(&k->algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM), p->a.copy == GPU_TRANSPOSE ? ", transposes A" : "",
-             p->b.copy == GPU_TRANSPOSE ? ", transposes B" : "", p->a.copy == GPU_DECODE ? ", decodes A" : "",
-             p->b.copy == GPU_DECODE ? ", decodes B" : "");
+    k->algorithm = k->algorithms[0];
+    name_kernel(k);
+}
+
+static_assert(sizeof(cublasLtMatmulAlgo_t) == sizeof(MatmulAlgorithm), "cublasLt.h: may be kept as it is, for the same version of the library");
+
+static inline int kernel_algorithms(const MatmulKernel* k) { return (int)k->algorithms.size(); }
+
+static inline MatmulAlgorithm kernel_algorithm(const MatmulKernel* k, int number) {
+    MatmulAlgorithm a;
+    memcpy(&a, number < 0 ? &k->algorithm : &k->algorithms[(size_t)number], sizeof(a));
+    return a;
+}
+
+static inline bool kernel_take(Matmul* mm, MatmulEntry* entry, const MatmulAlgorithm* a) {
+    MatmulKernel* k = entry->kernel;
+    cublasLtMatmulAlgo_t algorithm;
+    cublasLtMatmulHeuristicResult_t result = {};
+    memcpy(&algorithm, a, sizeof(algorithm));
+    cublasStatus_t status = cublasLtMatmulAlgoCheck(mm->backend->handle, k->operation, k->b, k->a, k->d, k->d, &algorithm, &result);
+    if (status != CUBLAS_STATUS_SUCCESS || result.state != CUBLAS_STATUS_SUCCESS || result.workspaceSize > k->plan.library_bytes) { return false; }
+    k->algorithm = algorithm;
+    name_kernel(k);
+    return true;
 }
 
 // The operand as the library wants it: where it lies, or copied into the workspace
@@ -181,7 +229,11 @@ static inline const void* present_operand(const GpuOperand* o, const Operand* x,
     return copy;
 }
 
-static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* c, Stream stream) {
+// A call's matrices as the library is given them
+struct LibraryCall { const void *a, *b; void* d; float beta; };
+
+// Makes what copies of the operands there are to be, and sets the pointers within the descriptor
+static inline LibraryCall library_call(Matmul* mm, MatmulEntry* entry, const MatmulCall* c, Stream stream) {
     MatmulKernel* k = entry->kernel;
     const GpuPlan* p = &k->plan;
     char* w = (char*)mm->workspace;
@@ -198,10 +250,32 @@ static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* 
         set_operation(k, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, (const void*)c->a.descale);
     }
     if (p->bias_in_library) { set_operation(k, CUBLASLT_MATMUL_DESC_BIAS_POINTER, c->bias); }
-    float alpha = 1.0f, beta = c->accumulate ? 1.0f : 0.0f;  // read before the call returns
+    return LibraryCall{a, b, d, c->accumulate && !p->d_copy ? 1.0f : 0.0f};
+}
+
+static inline cublasStatus_t library_run(Matmul* mm, MatmulKernel* k, const LibraryCall* x, const cublasLtMatmulAlgo_t* algorithm, Stream stream) {
+    float alpha = 1.0f;  // read before the call returns, as is beta
+    return cublasLtMatmul(mm->backend->handle, k->operation, &alpha, x->b, k->b, x->a, k->a, &x->beta, x->d, k->d, x->d, k->d, algorithm,
+                          (char*)mm->workspace + k->plan.library_offset, k->plan.library_bytes, stream);
+}
+
+static inline double kernel_time(Matmul* mm, MatmulEntry* entry, const MatmulCall* c, int number, int calls, Stream stream) {
+    MatmulKernel* k = entry->kernel;
+    LibraryCall x = library_call(mm, entry, c, stream);
+    bool done = true;
+    backend_mark(mm, LIBRARY_BEGINS, stream);
+    for (int i = 0; i < calls && done; i++) { done = library_run(mm, k, &x, &k->algorithms[(size_t)number], stream) == CUBLAS_STATUS_SUCCESS; }
+    backend_mark(mm, LIBRARY_ENDS, stream);
+    double seconds = backend_seconds(mm, LIBRARY_BEGINS, LIBRARY_ENDS);
+    return done ? seconds / calls : INFINITY;
+}
+
+static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* c, Stream stream) {
+    MatmulKernel* k = entry->kernel;
+    const GpuPlan* p = &k->plan;
+    LibraryCall x = library_call(mm, entry, c, stream);
     if (mm->timing) { backend_mark(mm, LIBRARY_BEGINS, stream); }
-    cublasStatus_t status = cublasLtMatmul(mm->backend->handle, k->operation, &alpha, b, k->b, a, k->a, &beta, d, k->d, d, k->d,
-                                           &k->algorithm, w + p->library_offset, p->library_bytes, stream);
+    cublasStatus_t status = library_run(mm, k, &x, &k->algorithm, stream);
     if (status != CUBLAS_STATUS_SUCCESS) {
         char why[160];
         snprintf(why, sizeof(why), "cuBLASLt fails (%s)", cublasLtGetStatusString(status));
@@ -209,7 +283,7 @@ static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* 
     }
     if (mm->timing) { backend_mark(mm, LIBRARY_ENDS, stream); }
     if (p->d_copy) {
-        finish_matmul(c, (const float*)d, stream);
+        finish_matmul(c, (const float*)x.d, stream);
     } else if (c->bias != NULL && !p->bias_in_library) {
         MatmulCall add = *c;
         add.accumulate = true;

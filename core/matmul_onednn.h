@@ -106,7 +106,7 @@ static inline void kernel_build(Matmul* mm, MatmulEntry* entry, const MatmulCall
         onednn_matrix(c->batch, c->m, c->n, d_dtype, d_copy ? c->n : c->d_ld, d_copy ? d_size : c->d_batch_stride, false);
     dnnl::memory::desc e = onednn_matrix(1, 1, c->n, k->convert_bias ? FP32 : c->bias_dtype == BF16 ? BF16 : FP32, c->n, 0, false);
     if (c->batch > 1) { e = e.reshape({1, 1, c->n}); }
-    dnnl::matmul::primitive_desc pd = onednn_matmul(engine, a, b, bias ? &e : NULL, d, c->accumulate);
+    dnnl::matmul::primitive_desc pd = onednn_matmul(engine, a, b, bias ? &e : NULL, d, c->accumulate && !d_copy);  // a copy of D is added to D as it is rounded
     k->primitive = dnnl::matmul(pd);
     k->name = pd.impl_info_str();
     k->arguments.clear();

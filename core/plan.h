@@ -12,6 +12,7 @@
 #include "matmul.cuh"       // what a GPU does with a shape
 #include "memory.h"         // categories
 #include "schedule.h"       // the order of a pipeline's micro-batches
+#include <algorithm>
 
 // ---- GPUs ----
 
@@ -68,13 +69,100 @@ static inline double copy_bytes(const GpuOperand* o, DType from) {
     return o->copy == GPU_AS_IS ? 0.0 : (double)o->bytes * (1.0 + (double)dtype_bytes(from) / dtype_bytes(o->dtype));
 }
 
-// Operands of FP8 and BF16; the copies that the backend makes of them are in it
-static inline double matmul_seconds(const Gpu* g, const MatmulCall* c) {
+// What one launch of a kernel has to do: operations, of FP8 units or BF16's, and bytes of memory, each tensor read or written once
+struct Work {
+    const char* name;
+    bool fp8;
+    double flops, bytes;
+};
+static inline double work_seconds(const Gpu* g, const Work* w) { return max_of(w->flops / (w->fp8 ? g->fp8 : g->bf16), w->bytes / g->bandwidth); }
+
+// f(Work) for what a matmul of FP8 or BF16 operands is made of: the product, and the copies of operands that the backend makes
+template <class F> static inline void each_matmul_work(const Gpu* g, const MatmulCall* c, const char* name, F f) {
     GpuPlan p = matmul_gpu_plan(c, g->capability);
-    double m = c->m, n = c->n, k = c->k, d = m * n * dtype_bytes(c->d_dtype);
-    double bytes = m * k * dtype_bytes(p.a.dtype) + k * n * dtype_bytes(p.b.dtype) + (c->accumulate ? 2.0 * d : d);
-    double product = max_of(2.0 * m * n * k / (p.fp8 ? g->fp8 : g->bf16), bytes / g->bandwidth) * c->batch;
-    return product + bytes_seconds(g, copy_bytes(&p.a, c->a.dtype) + copy_bytes(&p.b, c->b.dtype));
+    double m = c->m, n = c->n, k = c->k, batch = c->batch, d = m * n * dtype_bytes(c->d_dtype);
+    f(Work{name, p.fp8, 2.0 * m * n * k * batch, (m * k * dtype_bytes(p.a.dtype) + k * n * dtype_bytes(p.b.dtype) + (c->accumulate ? 2.0 * d : d)) * batch});
+    double copies = copy_bytes(&p.a, c->a.dtype) + copy_bytes(&p.b, c->b.dtype);
+    if (copies > 0.0) { f(Work{"operands transposed or widened", false, 0.0, copies}); }
+}
+static inline double matmul_seconds(const Gpu* g, const MatmulCall* c) {
+    double seconds = 0.0;
+    each_matmul_work(g, c, "", [&](Work w) { seconds += work_seconds(g, &w); });
+    return seconds;
+}
+
+// All launches of one name in a micro-batch
+struct WorkSum {
+    std::string name;
+    double calls, flops, bytes, seconds;
+};
+static inline void work_add(std::vector<WorkSum>* sums, const Gpu* g, const Work* w, double calls) {
+    if (calls == 0.0) { return; }
+    std::string name = std::string(w->name) + (w->flops == 0.0 ? "" : w->fp8 ? ", FP8" : ", BF16");
+    WorkSum* sum = NULL;
+    for (WorkSum& x : *sums) {
+        if (x.name == name) { sum = &x; }
+    }
+    if (sum == NULL) {
+        sums->push_back(WorkSum{name, 0.0, 0.0, 0.0, 0.0});
+        sum = &sums->back();
+    }
+    sum->calls += calls;
+    sum->flops += calls * w->flops;
+    sum->bytes += calls * w->bytes;
+    sum->seconds += calls * work_seconds(g, w);
+}
+
+// ---- where FP8 gains nothing ----
+
+// Unlike a roofline this is meant to be about what happens. Of large products' dense peaks matrix units reach about these shares (FP8 a smaller one: it draws
+// the power that the clock is held down for); a kernel takes some time to begin and end whatever it does.
+constexpr double BF16_SHARE = 0.7, FP8_SHARE = 0.65, KERNEL_SECONDS = 2e-6;
+
+// One product with the copies that the backend makes of its operands
+static inline double matmul_expected_seconds(const Gpu* g, const MatmulCall* c) {
+    GpuPlan p = matmul_gpu_plan(c, g->capability);
+    Gpu reached = *g;
+    reached.bf16 *= BF16_SHARE;
+    reached.fp8 *= FP8_SHARE;
+    int kernels = 1 + (p.a.copy != GPU_AS_IS) + (p.b.copy != GPU_AS_IS);
+    return matmul_seconds(&reached, c) + kernels * KERNEL_SECONDS;
+}
+
+// The expected time of a linear layer `in` -> `out` at `rows` tokens in BF16, over that in FP8: below 1 FP8 loses. That is the three products
+//     Y (rows, out) = X·Wᵀ,  dX (rows, in) = dY·W,  dW (out, in) += dYᵀ·X
+// of 2·rows·in·out operations each, and what of bytes and kernels FP8 has beside them:
+//   copies of the backend, each read and written: on GPUs whose FP8 units take only K-contiguous operands Wᵀ (2·in·out bytes), dYᵀ (2·rows·out) and
+//     Xᵀ (2·rows·in); without FP8 units all operands in BF16 (3 bytes an element, in each product)
+//   X as codes: the kernel that makes it writes 1 byte an element instead of 2 (-rows·in); of an X that is there already (`cast_apart`: attention's output)
+//     a kernel of its own reads 2 and writes 1 (+3·rows·in)
+//   dY as codes: what sums it for the bias writes 1 byte an element beside (+rows·out)
+// Scales are taken to be delayed. Casts of W are the optimizer's, once a step.
+static inline double fp8_gain(const Gpu* g, int rows, int in, int out, bool cast_apart) {
+    double seconds[2] = {};
+    for (int fp8 = 0; fp8 <= 1; fp8++) {
+        DType forward = fp8 ? E4M3 : BF16, backward = fp8 ? E5M2 : BF16;
+        MatmulCall y = {}, dx = {}, dw = {};
+        y.a = Operand{NULL, forward, NULL, in, 0, false};
+        y.b = Operand{NULL, forward, NULL, in, 0, true};
+        y.m = rows; y.n = out; y.k = in;
+        dx.a = Operand{NULL, backward, NULL, out, 0, false};
+        dx.b = Operand{NULL, forward, NULL, in, 0, false};
+        dx.m = rows; dx.n = in; dx.k = out;
+        dw.a = Operand{NULL, backward, NULL, out, 0, true};
+        dw.b = Operand{NULL, forward, NULL, in, 0, false};
+        dw.m = out; dw.n = in; dw.k = rows;
+        dw.accumulate = true;
+        for (MatmulCall* c : {&y, &dx, &dw}) {
+            c->d_dtype = c == &dw ? FP32 : BF16;
+            c->d_ld = c->n;
+            c->batch = 1;
+            seconds[fp8] += matmul_expected_seconds(g, c);
+        }
+    }
+    double x = (double)rows * in, dy = (double)rows * out;
+    seconds[1] += bytes_seconds(g, (cast_apart ? 3.0 : -1.0) * x + dy) + (cast_apart ? KERNEL_SECONDS : 0.0);
+    return seconds[0] / seconds[1];
 }
 
 // ---- a plan ----
@@ -132,6 +220,7 @@ struct PlanSide {           // the run that was asked for, or its baseline
     double table7;          // FP8-LM's table 7: bytes a rank sends for the activations of a micro-batch, X, X again and dX only
     PlanTimes times;
     int64_t largest_micro_batch;  // 0: none fits
+    std::vector<WorkSum> work;  // of a micro-batch on the first stage, and its share of a step's optimizer
 };
 
 struct Plan {
@@ -141,6 +230,7 @@ struct Plan {
     int64_t parameters, vocab, micro_batch, seq_len, micro_batches;
     double memory_limit;    // bytes of a rank
     double flops;           // of a step, as MFU counts them
+    bool kernels;           // the work is printed
     PlanSide asked, baseline;
 };
 
@@ -206,6 +296,16 @@ static inline void plan_side_json(json_object* o, const PlanSide* side) {
     json_object_object_add(o, "table7", json_object_new_int64((int64_t)llround(side->table7)));
     json_object_object_add(o, "step_seconds", json_object_new_double(side->times.step));
     json_object_object_add(o, "largest_micro_batch", json_object_new_int64(side->largest_micro_batch));
+    if (side->work.empty()) { return; }
+    json_object* kernels = json_object_new_array();
+    for (const WorkSum& w : side->work) {
+        json_object* k = json_object_new_object();
+        json_object_object_add(k, "name", json_object_new_string(w.name.c_str()));
+        const struct { const char* name; double value; } numbers[] = {{"calls", w.calls}, {"bytes", w.bytes}, {"flops", w.flops}, {"seconds", w.seconds}};
+        for (auto& n : numbers) { json_object_object_add(k, n.name, json_object_new_double(n.value)); }
+        json_object_array_add(kernels, k);
+    }
+    json_object_object_add(o, "kernels", kernels);
 }
 
 static inline void plan_print_json(FILE* file, const Plan* p) {
@@ -240,6 +340,53 @@ static inline void plan_bytes_row(FILE* file, int indent, const char* name, doub
 static inline void plan_time_row(FILE* file, int indent, const char* name, double asked, double baseline) {
     if (asked == 0.0 && baseline == 0.0) { return; }
     plan_row(file, indent, name, text_ms(1e3 * asked).s, text_ms(1e3 * baseline).s, asked / baseline - 1.0);
+}
+
+static inline void plan_work_columns(FILE* file, const WorkSum* w) {
+    if (w == NULL) { fprintf(file, " %7s %8s %8s %9s", "-", "", "", ""); return; }
+    fprintf(file, " %7.0f %8.2f %8.2f %9.3f", w->calls, 1e-9 * w->bytes, 1e-12 * w->flops, 1e3 * w->seconds);
+}
+
+// Every kernel of a micro-batch with what it moves and computes, the longest first
+static inline void plan_print_work(FILE* file, const Plan* p, const char* device) {
+    std::vector<WorkSum> rows = p->asked.work;
+    auto of = [](const std::vector<WorkSum>& sums, const std::string& name) {
+        const WorkSum* found = NULL;
+        for (const WorkSum& x : sums) {
+            if (x.name == name) { found = &x; }
+        }
+        return found;
+    };
+    for (const WorkSum& x : p->baseline.work) {
+        if (of(rows, x.name) == NULL) { rows.push_back(x); }
+    }
+    auto seconds = [&](const WorkSum& x) {
+        const WorkSum *a = of(p->asked.work, x.name), *b = of(p->baseline.work, x.name);
+        return max_of(a != NULL ? a->seconds : 0.0, b != NULL ? b->seconds : 0.0);
+    };
+    std::stable_sort(rows.begin(), rows.end(), [&](const WorkSum& x, const WorkSum& y) { return seconds(x) > seconds(y); });
+    fprintf(file, "kernels of a micro-batch on %s, at best%s\n", device, p->pp > 1 ? ", first stage" : "");
+    char head[2][16];
+    for (int i = 0; i < 2; i++) { snprintf(head[i], sizeof(head[i]), "%s:", i == 0 ? p->asked.recipe : p->baseline.recipe); }
+    fprintf(file, "  %-38s %7s %8s %8s %9s %7s %8s %8s %9s\n", "", head[0], "", "", "", head[1], "", "", "");
+    fprintf(file, "  %-38s %7s %8s %8s %9s %7s %8s %8s %9s\n", "", "calls", "GB", "TFLOP", "ms", "calls", "GB", "TFLOP", "ms");
+    WorkSum all[2] = {};
+    for (const WorkSum& x : rows) {
+        fprintf(file, "  %-38s", x.name.c_str());
+        for (int i = 0; i < 2; i++) {
+            const WorkSum* w = of((i == 0 ? p->asked : p->baseline).work, x.name);
+            plan_work_columns(file, w);
+            if (w == NULL) { continue; }
+            all[i].calls += w->calls;
+            all[i].bytes += w->bytes;
+            all[i].flops += w->flops;
+            all[i].seconds += w->seconds;
+        }
+        fputc('\n', file);
+    }
+    fprintf(file, "  %-38s", "all");
+    for (const WorkSum& w : all) { plan_work_columns(file, &w); }
+    fprintf(file, "\n  %s over %s: %.2f times the speed, at best\n", p->asked.recipe, p->baseline.recipe, all[1].seconds / all[0].seconds);
 }
 
 static inline void plan_print(FILE* file, const Plan* p) {
@@ -291,4 +438,5 @@ static inline void plan_print(FILE* file, const Plan* p) {
     plan_time_row(file, 2, "step", a->times.step, b->times.step);
     for (int i = 0; i < 2; i++) { snprintf(text[i], sizeof(text[i]), "%.0f", 1e-12 * p->flops / p->world / (i == 0 ? a : b)->times.step); }
     plan_row(file, 2, "TFLOP/s of a GPU", text[0], text[1], b->times.step / a->times.step - 1.0);
+    if (p->kernels) { plan_print_work(file, p, device); }
 }

@@ -248,8 +248,8 @@ static inline void start_regroup(Transfer* t, void* received, void* sent, size_t
         return end > begin(from, to) ? end - begin(from, to) : (size_t)0;
     };
     int me = g->rank;
-    auto sent_at = [=](int r) { return bytes(me, r) > 0 ? begin(me, r) - (size_t)me * chunk : 0; };
-    auto received_at = [=](int r) { return bytes(r, me) > 0 ? begin(r, me) - parts.begin(me) : 0; };
+    [[maybe_unused]] auto sent_at = [=](int r) { return bytes(me, r) > 0 ? begin(me, r) - (size_t)me * chunk : 0; };
+    [[maybe_unused]] auto received_at = [=](int r) { return bytes(r, me) > 0 ? begin(r, me) - parts.begin(me) : 0; };
     for (int r = 0; r < g->size; r++) { count_sent(g, counter, r != me ? bytes(me, r) : 0); }
 #ifdef NCCL_TRANSPORT
     if (g->transport == OVER_NCCL) {

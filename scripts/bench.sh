@@ -74,17 +74,10 @@ fi
 
 # ---- runs ----
 
-# tokens FILE VOCABULARY: a shard of llm.c with 100,000 random tokens
-tokens() {
-    perl -e '
-        my ($vocab, $x, @tokens) = ($ARGV[0], 1);
-        for (1 .. 100000) { $x = $x * 16807 % 2147483647; push @tokens, ($x >> 4) % $vocab; }
-        binmode STDOUT;
-        print pack("l<3 x1012", 20240520, 1, scalar @tokens), pack("v*", @tokens);
-    ' "$2" > "$1"
-}
-tokens "$work/50257.bin" 50257
-tokens "$work/256.bin" 256
+# shellcheck source=scripts/random_tokens.sh
+. scripts/random_tokens.sh
+random_tokens "$work/50257.bin" 50257 100000
+random_tokens "$work/256.bin" 256 100000
 
 # measure DIR: a run's figures by the labels that the binary prints:
 # "tok/s ms mean-ms peak-MiB matmul-ms library-ms library-GFLOP/s matmuls-alone-ms adamw-ms adamw-alone-ms adamw-alone-GB/s", ms a step each

@@ -5,6 +5,8 @@
 # (V=1: always). A program that crashes, hangs, does not build, or runs fewer tests than it planned counts as failed and is named. With
 # NAMEs only those run. SOAK=1 is passed on to the tests, which then run their full counts.
 #
+# Some programs are built a second time as simt_NAME, with the kernels' form for GPUs, emulated on the CPU (test/simt.h).
+#
 # The tests are those of the CPU build on every machine: they look into memory that on a GPU is the device's, and train widths that its FP8
 # units refuse. Where nvcc is present the CUDA build is compiled and linked too, and is a test of its own (cuda-build). ./train_gpt_fp8 is
 # left as it is: the end-to-end tests run the binary of the build folder.
@@ -112,7 +114,7 @@ cuda_build() {
 
 names=("$@")
 for name in "${names[@]}"; do
-    if [ ! -e "test/$name.cpp" ] && [ ! -e "test/$name.bats" ] && [ "$name" != cuda-build ]; then
+    if [ ! -e "test/${name#simt_}.cpp" ] && [ ! -e "test/$name.bats" ] && [ "$name" != cuda-build ]; then
         echo "test.sh: there is no test/$name.cpp and no test/$name.bats" >&2
         exit 2
     fi
@@ -130,8 +132,13 @@ sed -n 's/^\(MPI\|NCCL\|ONEDNN\) = \(..*\)/\1: \2/p' <<< "$config"
 programs=()
 for source in test/*.cpp; do
     name=$(basename "$source" .cpp)
-    if [ -e "$source" ] && wanted "$name"; then
+    if [ -e "$source" ] && [[ $name != simt* ]] && wanted "$name"; then
         programs+=("$build/test/$name")
+    fi
+done
+for name in $([ "$DEVICE" != cpu ] || sed -n 's/^SIMT = //p' <<< "$config"); do
+    if wanted "simt_$name"; then
+        programs+=("$build/test/simt_$name")
     fi
 done
 start=$SECONDS

@@ -122,11 +122,13 @@ template <class A> struct Run {
     Array<float> lse, rotary;
     char* workspace;
 
-    explicit Run(const Shape& shape)
+    explicit Run(const Shape& shape, bool flash = false)
         : s(shape), qkv((size_t)s.B * s.T * 3 * s.heads * s.hs), out((size_t)s.B * s.T * s.heads * s.hs), dout(out.n), dqkv(qkv.n),
           lse((size_t)s.B * s.heads * s.T), rotary((size_t)s.T * s.hs) {
         attention = Attention{};
         attention.act = DTypeOf<A>::value;
+        attention.flash = flash;
+        attention.B = s.B;
         attention.T = s.T;
         attention.heads = s.heads;
         attention.head_size = s.hs;
@@ -165,16 +167,16 @@ template <class A> struct Run {
         finish();
     }
     void backward() {
-        attention_backward(&attention, &mm, dqkv, dout, qkv, lse, s.B, NULL);
+        attention_backward(&attention, &mm, dqkv, dout, out, qkv, lse, s.B, NULL);
         finish();
     }
 };
 
-template <class A> static void check_attention(const Shape& s) {
+template <class A> static void check_attention(const Shape& s, bool flash = false) {
     char text[128];
-    snprintf(text, sizeof(text), "%s, B %d, T %d, %d heads of %d%s", dtype_names[DTypeOf<A>::value], s.B, s.T, s.heads, s.hs,
+    snprintf(text, sizeof(text), "%s%s, B %d, T %d, %d heads of %d%s", flash ? "flash, " : "", dtype_names[DTypeOf<A>::value], s.B, s.T, s.heads, s.hs,
              s.rope ? ", rotary" : "");
-    Run<A> run(s);
+    Run<A> run(s, flash);
     Reference r = reference<A>(s, run.qkv, run.dout);
     run.plan(false);
     run.forward();
@@ -218,6 +220,32 @@ static void several_blocks_match_float64(void**) {
         });
     }
 }
+
+#ifdef USE_CUDA
+// Around the bounds of tiles of 64 and 128
+static void flash_attention_matches_float64(void**) {
+    if (device_capability() != 90 || !flash_is_built()) { skip(); }
+    for (int hs : {64, 128}) {
+        for (int T : {1, 2, 63, 64, 65, 127, 128, 129, 200, 257, 385}) {
+            for (bool rope : {false, true}) { check_attention<bf16>(Shape{T < 100 ? 2 : 1, T, T % 3 + 1, hs, rope}, true); }
+        }
+    }
+}
+static void flash_attention_gives_the_same_bits_again(void**) {
+    if (device_capability() != 90 || !flash_is_built()) { skip(); }
+    Run<bf16> run(Shape{2, 500, 3, 128, false}, true);
+    std::vector<char> first;
+    for (int again = 0; again < 3; again++) {
+        run.forward();
+        run.backward();
+        std::vector<char> bytes((const char*)run.out.p, (const char*)(run.out.p + run.out.n));
+        bytes.insert(bytes.end(), (const char*)run.dqkv.p, (const char*)(run.dqkv.p + run.dqkv.n));
+        bytes.insert(bytes.end(), (const char*)run.lse.p, (const char*)(run.lse.p + run.lse.n));
+        if (again == 0) { first = bytes; }
+        assert_true(bytes == first);
+    }
+}
+#endif
 
 // ---- the oracle ----
 
@@ -409,10 +437,15 @@ static void a_block_is_at_most_256_queries(void**) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+#ifdef USE_CUDA
+        cmocka_unit_test(flash_attention_matches_float64),
+        cmocka_unit_test(flash_attention_gives_the_same_bits_again),
+#endif
         cmocka_unit_test(the_rotary_table_holds_cosines_then_sines),
         cmocka_unit_test(a_block_is_at_most_256_queries),
         cmocka_unit_test(the_references_gradient_is_its_derivative),
         cmocka_unit_test(small_sequences_match_float64),
+#ifndef SIMT  // all below is of the same kernels at sizes for which emulation is slow
         cmocka_unit_test(several_blocks_match_float64),
         cmocka_unit_test(rotary_scores_depend_on_distance),
         cmocka_unit_test(earlier_queries_do_not_see_later_tokens),
@@ -420,6 +453,7 @@ int main(void) {
         cmocka_unit_test(sequences_of_a_batch_do_not_mix),
         cmocka_unit_test(repetition_gives_the_same_bits),
         cmocka_unit_test(large_scores_do_not_overflow),
+#endif
     };
     return RUN_TESTS(tests);
 }

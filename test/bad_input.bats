@@ -136,6 +136,8 @@ EOT
 --position sine | --position: 'sine'*rope*learned*
 --tie-embeddings maybe | --tie-embeddings: 'maybe'*yes*no*
 --bf16-layers middle:1 | --bf16-layers: 'middle:1'*first:N*
+--fp8-min-size -1 | --fp8-min-size: '-1' is out of range; allowed: 0 *
+--fp8-min-size small | --fp8-min-size: 'small' is not a whole number*
 --bf16-layers first:-1 | --bf16-layers: 'first:-1'*first:N*
 -a 2 | -a (--overfit-batch): '2'*0 or 1*
 --overfit-batch=1 | --overfit-batch*'1'*
@@ -155,6 +157,7 @@ EOT
 --recipe bf16 --fp8-fwd e4m3 | --fp8-fwd*--recipe bf16*
 --recipe bf16 --fp8-bwd e5m2 | --fp8-bwd*--recipe bf16*
 --recipe fp32 --fp8-scaling current | --fp8-scaling*--recipe fp32*
+--recipe bf16 --fp8-min-size 1024 | --fp8-min-size*--recipe bf16*
 --recipe bf16 --bf16-layers first:1 | --bf16-layers*--recipe bf16*
 --grad-dtype e4m3 --grad-scaling auto | --grad-scaling*--grad-reduce direct*--grad-reduce ring*
 --recipe bf16 --grad-scaling pre | --grad-scaling*--grad-dtype fp32*
@@ -177,6 +180,10 @@ EOT
 --steps -1 --global-batch 1280000 | --global-batch: 1280000 tokens*epoch*
 --vocab 100 | --train-data: text.txt: the token at offset * is 1*vocabulary of 100*
 --staged | --staged is for GPU builds*
+--matmul-choice timed | --matmul-choice is for GPU builds*
+--matmul-choice library | --matmul-choice is for GPU builds*
+--matmul-cache none | --matmul-cache is for GPU builds*
+--matmul-choice first | --matmul-choice: 'first' is not known; allowed: timed, library*
 EOT
     refuses "$TRAIN" --train-data text.txt --layers 2 --heads 2 --steps 4 --output-dir out '*--width*'
     refuses "$TRAIN" --layers 2 --heads 2 --width 64 --steps 4 --output-dir out '--train-data is missing*'
@@ -284,8 +291,8 @@ EOT
     [ -z "$stderr" ]
     for flag in train-data val-data val-split init layers heads width vocab position tie-embeddings micro-batch seq-len global-batch steps \
         overfit-batch lr warmup min-lr-frac lr-schedule weight-decay clip beta1 beta2 eps skip-loss-z skip-grad-z recipe fp8-scaling \
-        fp8-fwd fp8-bwd bf16-layers grad-dtype grad-reduce grad-scaling grad-accum-dtype grad-accum-rounding \
-        master-dtype m-dtype v-dtype opt-block master-rounding moment-rounding recompute output-dir log-tensors val-every val-batches sample-every sample-len profile seed staged; do
+        fp8-fwd fp8-bwd bf16-layers fp8-min-size grad-dtype grad-reduce grad-scaling grad-accum-dtype grad-accum-rounding \
+        master-dtype m-dtype v-dtype opt-block master-rounding moment-rounding recompute output-dir log-tensors val-every val-batches sample-every sample-len profile seed staged matmul-choice matmul-cache; do
         grep -qE -- "^ .* --$flag( |\$)" <<< "$output" || { echo "--$flag is missing"; return 1; }
     done
     awk 'length($0) > 110 { print "too long: " $0; bad = 1 } END { exit bad }' <<< "$output"
@@ -378,6 +385,8 @@ EOT
 @test "plans that cannot be made, and what only a plan can have" {
     refuses_each <<'EOT'
 --json | --json*--plan*
+--kernels | --kernels*--plan*
+--plan --gpu none --kernels | --kernels*GPUs only*h100*
 --world 4 | --world*--plan*
 --gpu h100 | --gpu*--plan*
 --no-plan --gpu none | --gpu*--plan*

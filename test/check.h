@@ -31,6 +31,9 @@ template <class T> struct Array {
 #else
         p = (T*)device_alloc(bytes + GUARD);
 #endif
+#ifdef SIMT
+        simt_limit(p, bytes);
+#endif
         memset((void*)p, 0xff, bytes);
         memset((char*)p + bytes, 0xa5, GUARD);
     }
@@ -53,7 +56,17 @@ template <class T> struct Array {
 };
 
 // Waits until what was launched is done: before the test reads what a kernel wrote.
-static inline void finish(void) { stream_sync(NULL); }
+static inline void finish(void) {
+    stream_sync(NULL);
+#ifdef SIMT
+    if (!simt_reports.empty()) {
+        std::string text;
+        for (const SimtReport& r : simt_reports) { text += r.text + "\n"; }
+        simt_clear();
+        fail_msg("%s", text.c_str());
+    }
+#endif
+}
 
 template <class T> static inline T encoded(float x) {
     T t;

@@ -3,7 +3,7 @@
 #include "check.h"
 #include <algorithm>
 #include "../core/gradient.cuh"
-#if __has_include(<cuda_fp8.h>)
+#if __has_include(<cuda_fp8.h>) && !defined(SIMT)  // whose names simt.h has too
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #define NVIDIA_HEADERS 1
@@ -273,7 +273,7 @@ template <class A> struct Accumulator {
         amax[0] = 0;
     }
     void run(Rounding rounding, RandomKey key, bool more) {
-        add_gradient(type, sum, addend, is_byte<A>() ? slot.p : NULL, is_byte<A>() ? amax.p : NULL, rounding, key, ElementMap{}, 0, sum.n, more, NULL);
+        add_gradient(type, sum, addend, FP32, is_byte<A>() ? slot.p : NULL, is_byte<A>() ? amax.p : NULL, rounding, key, ElementMap{}, 0, sum.n, more, NULL);
         finish();
     }
     void add(Rounding rounding, RandomKey key, bool more) {
@@ -329,7 +329,7 @@ static void stochastic_sums_are_one_of_the_two_neighbours(void**) {
 static void other_formats_are_no_accumulators(void**) {
     Array<float> addend(1);
     Array<uint32_t> sum(1);
-    auto add = [&](DType t) { add_gradient(t, sum, addend, addend, sum, NEAREST, RandomKey{}, ElementMap{}, 0, 1, true, NULL); };
+    auto add = [&](DType t) { add_gradient(t, sum, addend, FP32, addend, sum, NEAREST, RandomKey{}, ElementMap{}, 0, 1, true, NULL); };
     expect_end(1, "gradients are not added up in e5m2", NULL, [=] { add(E5M2); });
     expect_end(1, "gradients are not added up in fp16", NULL, [=] { add(FP16); });
     expect_end(1, "fp16 is no format of gradients", NULL, [&] { hop_add(FP16, sum, sum, 1); });
@@ -474,9 +474,9 @@ template <class A> static std::vector<char> blocks(int n, int cut, uint64_t firs
             size_t length = (size_t)(to - from);
             A* s = sum + from;
             if constexpr (is_byte<A>()) {  // whose scale is here a given one: add_gradient would take the whole tensor
-                run_rows(AddGradient<A, STOCHASTIC>{s, addend + from, slot, key, ElementMap{}, first + (uint64_t)from, length, k > 0}, pieces_of(length), NULL);
+                run_rows(AddGradient<A, float, STOCHASTIC>{s, addend + from, slot, key, ElementMap{}, first + (uint64_t)from, length, k > 0}, pieces_of(length), NULL);
             } else {
-                add_gradient(DTypeOf<A>::value, s, addend + from, NULL, NULL, STOCHASTIC, key, ElementMap{}, first + (uint64_t)from, length, k > 0, NULL);
+                add_gradient(DTypeOf<A>::value, s, addend + from, FP32, NULL, NULL, STOCHASTIC, key, ElementMap{}, first + (uint64_t)from, length, k > 0, NULL);
             }
         };
         with_threads(threads, [&] { block(cut, n); block(0, cut); });

@@ -236,12 +236,12 @@ static void options_combine(void**) {
     Random random = {2};
     for (Pair p : pairs) {
         for (int t = 0; t < 4; t++) {
-            for (int d = 0; d < 3; d++) {
+            for (int d = 0; d < 4; d++) {
                 for (int bias = 0; bias < 3; bias++) {
                     for (int gap = 0; gap <= 16; gap += 16) {
                         for (int batch = 1; batch <= 2; batch++) {
                             DType to = d < 2 ? FP32 : BF16;
-                            Case s = {19, 37, 21, batch, p.a, p.b, to, (t & 1) != 0, (t & 2) != 0, d == 1, bias, gap, 1.0f, 1.0f};
+                            Case s = {19, 37, 21, batch, p.a, p.b, to, (t & 1) != 0, (t & 2) != 0, d % 2 == 1, bias, gap, 1.0f, 1.0f};
                             run_case(&mm, s, &random, true);
                         }
                     }
@@ -260,9 +260,9 @@ static void random_sums_keep_the_bound(void**) {
     for (auto& size : sizes) {
         for (Pair p : pairs) {
             for (int t = 0; t < 4; t++) {
-                for (int d = 0; d < 3; d++) {
-                    Case s = {size[0], size[1], size[2], 1, p.a, p.b, d < 2 ? FP32 : BF16, (t & 1) != 0, (t & 2) != 0, d == 1,
-                              d == 0 ? 0 : d == 1 ? 1 + FP32 : 1 + BF16, 0, is_fp8(p.a) ? 0.0078125f : 1.0f, is_fp8(p.b) ? 32.0f : 1.0f};
+                for (int d = 0; d < 4; d++) {
+                    Case s = {size[0], size[1], size[2], 1, p.a, p.b, d < 2 ? FP32 : BF16, (t & 1) != 0, (t & 2) != 0, d % 2 == 1,
+                              d % 3 == 0 ? 0 : d == 1 ? 1 + FP32 : 1 + BF16, 0, is_fp8(p.a) ? 0.0078125f : 1.0f, is_fp8(p.b) ? 32.0f : 1.0f};
                     run_case(&mm, s, &random, false);
                 }
             }
@@ -290,6 +290,7 @@ static void one_difference_is_another_shape(void**) {
         cases.push_back(base); cases.back().bias = 1 + FP32;
         cases.push_back(base); cases.back().bias = 1 + BF16;
         cases.push_back(base); cases.back().d = BF16;
+        cases.push_back(base); cases.back().d = BF16; cases.back().accumulate = true;
         cases.push_back(base); cases.back().a = E4M3;
         cases.push_back(base); cases.back().b = E5M2;
         cases.push_back(base); cases.back().a = cases.back().b = FP32;
@@ -518,8 +519,6 @@ static void what_cannot_be_is_refused(void**) {
     assert_refused(plain_call(16, 32, 48, FP16, BF16, FP32), "operands are");
     assert_refused(plain_call(16, 32, 48, BF16, BF16, E4M3), "the result is");
     assert_refused(plain_call(-1, 32, 48, BF16, BF16, FP32), "negative size");
-    c = plain_call(16, 32, 48, BF16, BF16, BF16); c.accumulate = true;
-    assert_refused(c, "only fp32 results accumulate");
     c = plain_call(16, 32, 48, BF16, BF16, BF16); c.bias = &c; c.bias_dtype = E4M3;
     assert_refused(c, "a bias is");
     c = plain_call(16, 32, 48, BF16, BF16, BF16); c.a.ld = 47;
@@ -673,7 +672,7 @@ static void training_shapes_have_fast_kernels(void**) {
                 MatmulCall dw = plain_call(n, k, m, t, t, d);
                 dw.a.transposed = true; dw.a.ld = n;
                 dw.b.transposed = false; dw.b.ld = k;
-                dw.accumulate = d == FP32;
+                dw.accumulate = true;
                 y.bias = &y; y.bias_dtype = d;
                 matmul_plan(&mm, &y); matmul_plan(&mm, &dx); matmul_plan(&mm, &dw);
                 for (MatmulCall* c : {&y, &dx, &dw}) { c->d_ld += 64; c->a.ld += 32; c->b.ld += 64; matmul_plan(&mm, c); }
@@ -745,13 +744,25 @@ static void hopper_multiplies_fp8_k_contiguous(void**) {
     MatmulCall y = transposed_call(false, true, 2048, 3072, 768, E4M3, E4M3, BF16),
                dx = transposed_call(false, false, 2048, 768, 3072, E5M2, E4M3, BF16),
                dw = transposed_call(true, false, 3072, 768, 2048, E5M2, E4M3, FP32);
+    GpuPlan p;
     dw.accumulate = true;
     assert_int_equal(matmul_gpu_workspace(&y, 90), HOPPER);
     assert_int_equal(matmul_gpu_workspace(&dx, 90), HOPPER + 768 * 3072);
     assert_int_equal(matmul_gpu_workspace(&dw, 90), HOPPER + 3072 * 2048 + 768 * 2048);
+    // of operands that were written K-contiguous at once, dYᵀ (out, tokens) and Xᵀ (in, tokens), no form copies any
+    for (int capability : {89, 90, 100, 120}) {
+        dw = transposed_call(false, true, 3072, 768, 2048, E5M2, E4M3, FP32);
+        dw.accumulate = true;
+        p = matmul_gpu_plan(&dw, capability);
+        assert_null(matmul_gpu_objection(&dw, capability));
+        assert_true(p.fp8 && p.a.copy == GPU_AS_IS && p.b.copy == GPU_AS_IS && !p.a.transposed && p.b.transposed);
+        assert_true(p.a.ld == 2048 && p.b.ld == 2048 && p.a.bytes == 0 && p.b.bytes == 0);
+        assert_true(gpu_strides_aligned(&dw, &p));
+        assert_int_equal(p.bytes, round_up(matmul_gpu_library_bytes(capability), MATMUL_ALIGNMENT));
+    }
     MatmulCall three = transposed_call(true, true, 32, 48, 64, E4M3, E4M3, FP32);
     three.batch = 3; three.a.batch_stride = 32 * 64; three.b.batch_stride = 48 * 64; three.d_batch_stride = 32 * 48;
-    GpuPlan p = matmul_gpu_plan(&three, 90);
+    p = matmul_gpu_plan(&three, 90);
     assert_int_equal(p.a.bytes, 3 * 32 * 64);
     assert_int_equal(p.a.batch_stride, 32 * 64);
     assert_int_equal(p.b.batch_stride, 48 * 64);
@@ -892,7 +903,11 @@ static void cpus_without_bf16_give_the_same_sums(void**) {
     assert_int_equal(WEXITSTATUS(status), 0);
 }
 
+#ifdef USE_CUDA
+static void bf16_is_hidden(void**) { skip(); }
+#else
 static void bf16_is_hidden(void**) { assert_false(cpu_multiplies_bf16()); }
+#endif
 
 int main(int count, char** words) {
     const struct CMUnitTest tests[] = {

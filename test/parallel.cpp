@@ -231,7 +231,7 @@ static Session open_session(Topology* t, const Setting* setting) {
         CHECK(s.memory.used[k] == s.memory.bytes[k], "%s: %s: %zu of %zu bytes handed out", s.name.c_str(), memory_names[k], s.memory.used[k], s.memory.bytes[k]);
     }
     model_set_weights(s.m, NULL);
-    for (int i = 0; i < c.in_flight; i++) { s.batches.push_back(host_batch_create(rows_of(s.m))); }
+    for (int i = 0; i < host_batches(&c); i++) { s.batches.push_back(host_batch_create(rows_of(s.m))); }
     s.weight = 1.0f / (float)(rows_of(s.m) * setting->micro_batches);
     return s;
 }
@@ -546,10 +546,12 @@ static void check_narrow(Group* world) {
             c.recompute = recompute;
             c.reduction.zero = zeros[zero];
             if (kind != KIND_BF16 && taken % 4 == 0) { c.bf16_layers.first = 1; }
+            if (kind != KIND_BF16 && taken % 3 == 0) { c.fp8_min_size = c.width + (taken % 2 == 0 ? 1 : c.width * 3 / 4); }  // without attention's projection, without attention
             Setting s = setting(kind_names[kind], c);
             s.name += tied ? ", tied" : ", untied";
             if (kind != KIND_BF16) { s.name += current ? ", current" : ", delayed"; }
             s.name += ", recompute " + std::to_string(recompute) + zero_names[zero];
+            if (c.fp8_min_size > 0) { s.name += ", FP8 from " + std::to_string(c.fp8_min_size) + " on"; }
             check_narrow_in(t, &s);
         }
     });
@@ -633,6 +635,9 @@ static int run_rank(const char* mode, int argc, char** argv) {
     world_select_device(&world);
     Group group = group_world(&world, true);
     write_text(&group);
+    std::string texts, lines = gather_text(&group, group.rank % 3 == 1 ? "" : "rank " + std::string((size_t)group.rank, '+') + "\n");  // none of some ranks
+    for (int r = 0; r < group.size; r++) { texts += r % 3 == 1 ? "" : "rank " + std::string((size_t)r, '+') + "\n"; }
+    CHECK(lines == texts, "of all ranks: %s", lines.c_str());
     if (strcmp(mode, "exact") == 0) { check_exact(&group); }
     else if (strcmp(mode, "narrow") == 0) { check_narrow(&group); }
     else if (strcmp(mode, "faults") == 0) { check_faults(&group); }

@@ -119,7 +119,7 @@ EOT
         holds '3 * a == 2 * b' a="$(field json table7)" b="$(field json baseline.table7)"
     done
     near "$(field json baseline.memory.activations)" $((32 * 2048 * 12288 / 8 * 24 * 4)) 0.02 "175b activations, bf16"
-    for row in 0:25 1:21 2:19; do # of which FP8 saves half of every X, and what is computed again is not kept
+    for row in 0:26 1:22 2:20; do # of which FP8 saves half of every X but attention's output, and what is computed again is not kept
         plan $m175b --recipe fp8-lm --recompute ${row%:*} > json
         near "$(field json memory.activations)" $((${row#*:} * 2048 * 12288 / 8 * 24 * 4)) 0.02 "175b activations, --recompute ${row%:*}"
     done
@@ -230,7 +230,7 @@ same_memory() {
     export RANKS=1
     recompute=0
     for flags in "--recipe bf16" "--recipe fp8" "--recipe fp8-lm --fp8-scaling current" "--recipe fp32" \
-        "--recipe fp8 --bf16-layers first:1 --opt-block 128 --master-dtype fp16"; do
+        "--recipe fp8 --bf16-layers first:1 --opt-block 128 --master-dtype fp16" "--recipe fp8 --fp8-min-size 100"; do
         same_memory --layers 2 --heads 2 --width 64 --seq-len 32 --micro-batch 4 $flags --recompute $((recompute % 3))
         recompute=$((recompute + 1))
         same_memory --layers 3 --heads 3 --width 96 --seq-len 40 --micro-batch 3 --position learned --tie-embeddings no $flags --recompute $((recompute % 3))
@@ -247,6 +247,7 @@ same_memory() {
     done <<'EOT'
 2|--recipe bf16
 2|--recipe fp8 --zero 0
+2|--recipe fp8 --fp8-min-size 65 --tp 2
 2|--recipe fp8-lm --zero 2
 3|--recipe fp8
 3|--recipe fp8-lm
@@ -288,12 +289,72 @@ EOT
     [ $(($(field 50689 memory.weights) - $(field 50688 memory.weights))) = $((128 * 1024 * 2)) ]
 }
 
+@test "linear layers that FP8 is expected to slow down are named, and --fp8-min-size leaves them in BF16" {
+    local note='note: on H100 FP8 is expected to be slower than BF16 (0.[0-9]*x) in the linear layers '
+    plan --plan --init d12 > d12
+    [ "$(grep -c '^note' d12)" = 1 ]
+    grep -q "^${note}attproj, 768 -> 768 at 4096 tokens; --fp8-min-size 769 leaves them in BF16$" d12
+    plan --plan --init d12 --fp8-min-size 769 > without
+    ! grep -q '^note' without
+    plan --plan --init d12 --fp8-min-size 768 | diff - d12
+    plan --plan --init gpt2:d6 --micro-batch 1 > d6
+    [ "$(grep -c "^$note" d6)" = 4 ]
+    plan --plan --init gpt2:d6 --micro-batch 1 --fp8-min-size 769 > without # 384 × 4·384
+    ! grep -q '^note' without
+    plan --plan --init d12 --tp 4 > tp
+    grep -q "attproj, 192 -> 768 at 4096 tokens on a rank; --fp8-min-size 769 leaves" tp
+    for flags in "--init gpt3:7b" "--init d12 --recipe bf16" "--init d12 --bf16-layers first:12"; do
+        plan --plan $flags > none
+        ! grep -q '^note' none
+    done
+    plan --plan --json --init d12 > json
+    [ "$(wc -l < json)" = 1 ]
+    # less is in FP8, so weights take more
+    for n in 769 1331 1537; do
+        plan --plan --json --init d12 --fp8-min-size $n > json$n
+    done
+    holds 'a < b && b < c && c < d' a="$(field json memory.weights)" b="$(field json769 memory.weights)" c="$(field json1331 memory.weights)" \
+        d="$(field json1537 memory.weights)"
+    [ "$(field json1537 memory.weights)" = "$(field json1537 baseline.memory.weights)" ]
+}
+
 @test "the baseline is BF16 with nothing computed twice, whatever was asked for" {
     plan --plan --json --init d12 --world 4 --recipe bf16 --recompute 0 > json
     want=$(field json memory)
     [ "$want" = "$(field json baseline.memory)" ]
-    plan --plan --json --init d12 --world 4 --recipe fp8-lm --fp8-scaling current --grad-scaling pre --bf16-layers first:2 --opt-block 128 --recompute 2 \
+    plan --plan --json --init d12 --world 4 --recipe fp8-lm --fp8-scaling current --grad-scaling pre --bf16-layers first:2 --fp8-min-size 900 --opt-block 128 --recompute 2 \
         --grad-accum-dtype e4m3 --grad-accum-rounding stochastic --v-dtype fp32 > json
     [ "$want" = "$(field json baseline.memory)" ]
     [ "$want" != "$(field json memory)" ]
+}
+
+# kernel SIDE NAME FIELD: of the kernels in JSON
+kernel() {
+    perl -e '
+        my ($side, $name, $field) = @ARGV;
+        my $text = <STDIN>;
+        my ($asked, $baseline) = split /"baseline":/, $text;
+        ($side eq "bf16" ? $baseline : $asked) =~ /\{"name":"\Q$name\E",[^}]*"$field":([^,}]+)/ or die "no $name $field\n";
+        print "$1\n";
+    ' "$1" "$2" "$3" < kernels
+}
+
+@test "--kernels: every kernel of a micro-batch, with the operations and bytes that arithmetic gives" {
+    plan --plan --json --kernels --init gpt3:7b --micro-batch 2 --seq-len 2048 --vocab 50257 --global-batch 131072 --gpu h200 > kernels
+    # 32 layers, C = 4096, 4096 tokens: 2·12·C²·tokens a layer and product
+    for name in Y dX dW; do
+        near "$(kernel fp8 "$name, FP8" flops)" 52776558133248 1e-9 "$name"
+        near "$(kernel bf16 "$name, BF16" flops)" 52776558133248 1e-9 "$name in BF16"
+        near "$(kernel fp8 "$name, FP8" seconds)" 0.0266683 1e-4 "$name's time"
+    done
+    # FP8 dW: dYᵀ and X of 9 and 7 C·tokens, gradients of 12·C² read and written in BF16
+    near "$(kernel fp8 'dW, FP8' bytes)" "$((32 * (16 * 4096 * 4096 + 4 * 12 * 4096 * 4096)))" 1e-9 "dW's bytes"
+    # what is transposed apart: W, and X of both norms, read and written
+    near "$(kernel fp8 'operands transposed or widened' bytes)" "$((32 * (2 * 12 + 2 * 2) * 4096 * 4096))" 1e-9 transposed
+    # attention of 2048 tokens, causal: two products forward, seven backward
+    near "$(kernel fp8 'attention, BF16' flops)" "$((32 * 2 * 2 * 2 * 2048 * 2048 * 4096 / 2))" 1e-9 attention
+    near "$(kernel fp8 'attention backward, BF16' flops)" "$((32 * 7 * 2 * 2 * 2048 * 2048 * 4096 / 2))" 1e-9 'attention backward'
+    [ "$(kernel fp8 'LayerNorm, residual added' calls)" = 65.0 ] || [ "$(kernel fp8 'LayerNorm, residual added' calls)" = 65 ]
+    plan --plan --kernels --init gpt3:7b --micro-batch 2 --seq-len 2048 --vocab 50257 --global-batch 131072 --gpu h200 > table
+    grep -q 'fp8 over bf16: 1.67 times the speed, at best' table
 }

@@ -61,6 +61,28 @@ static void matmuls_take_their_operations_or_their_bytes(void**) {
     expect_near(matmul_seconds(gpu_of(GPU_B200), &dw), (operands + 8.0 * n * n) / 8e12, 1e-12, "weight gradient, added up on B200");
 }
 
+// A linear layer of 768 -> 3072 at 4096 tokens on H100, by hand
+static void fp8_gains_what_its_copies_leave(void**) {
+    double M = 4096.0, K = 768.0, N = 3072.0, flops = 2.0 * M * K * N, bandwidth = 3.35e12, kernel = 2e-6;
+    double bf16 = 3.0 * (flops / (0.7 * 989e12) + kernel);
+    auto product = [&](double bytes) { return max_of(flops / (0.65 * 1979e12), bytes / bandwidth) + kernel; };
+    double fp8 = product(M * K + N * K + 2.0 * M * N) + product(M * N + N * K + 2.0 * M * K) + product(M * N + M * K + 8.0 * N * K);
+    fp8 += 3.0 * kernel + (2.0 * N * K + 2.0 * M * N + 2.0 * M * K) / bandwidth;  // copies
+    expect_near(fp8_gain(h100, 4096, 768, 3072, false), bf16 / (fp8 + (M * N - M * K) / bandwidth), 1e-9, "made as codes");
+    expect_near(fp8_gain(h100, 4096, 768, 3072, true), bf16 / (fp8 + (M * N + 3.0 * M * K) / bandwidth + kernel), 1e-9, "cast apart");
+    // small layers lose, large ones gain, more the larger they are, and nowhere more than the units' ratio
+    assert_true(fp8_gain(h100, 4096, 768, 768, true) < 1.0 && fp8_gain(h100, 16, 768, 768, false) < 1.0);
+    double last = 0.0;
+    for (int C = 256; C <= 16384; C *= 2) {
+        double gain = fp8_gain(h100, 8192, C, 4 * C, false);
+        assert_true(gain > last && gain < 2.0);
+        last = gain;
+    }
+    assert_true(last > 1.6);
+    assert_true(fp8_gain(gpu_of(GPU_B200), 8192, 4096, 4096, false) > 1.2);  // which copies nothing
+    assert_true(fp8_gain(gpu_of(GPU_A100), 8192, 16384, 16384, false) < 1.0);  // which has no FP8 units
+}
+
 static void groups_within_a_node_use_its_links(void**) {
     expect_near(sent_seconds(h100, 9e9, 2, 1, false), 9e9 / 450e9, 1e-12, "2 ranks");
     expect_near(sent_seconds(h100, 9e9, 2, 4, true), 9e9 / 450e9, 1e-12, "a node");
@@ -213,7 +235,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(gpus_are_found_by_flag_and_by_the_drivers_name),
         cmocka_unit_test(matmuls_take_their_operations_or_their_bytes),
-        cmocka_unit_test(groups_within_a_node_use_its_links),
+        cmocka_unit_test(fp8_gains_what_its_copies_leave), cmocka_unit_test(groups_within_a_node_use_its_links),
         cmocka_unit_test(an_imagined_gpu_plans_what_matmul_gpu_plan_says),
         cmocka_unit_test(a_step_is_the_pipeline_and_what_nothing_hides),
         cmocka_unit_test(json_holds_every_figure),

@@ -10,6 +10,7 @@ static inline void micro_step(Model* m, HostBatch* batch, int index, bool last, 
 
 // Sequences first_sequence, first_sequence + 1, …: most tokens follow from the one before
 static inline void fill_batch(HostBatch* batch, const GptConfig* c, int64_t first_sequence) {
+    event_wait(batch->copied);
     for (int b = 0; b < c->B; b++) {
         uint64_t h = mix64((uint64_t)(first_sequence + b));
         int t = (int)(h % (uint64_t)c->vocab);

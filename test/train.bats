@@ -92,6 +92,9 @@ mean_of_last_10() { column "$1" "$2" | tail -n 10 | awk '{ sum += $1 } END { pri
 --bf16-layers first:1
 --bf16-layers last:1 --recompute 2
 --bf16-layers first:1,last:0 --recompute 0
+--fp8-min-size 65
+--fp8-min-size 111 --bf16-layers last:1 --recompute 2
+--fp8-min-size 120 --fp8-scaling current --recompute 0
 --position learned
 --tie-embeddings no
 --position learned --tie-embeddings no --recipe bf16 --recompute 0
@@ -116,13 +119,17 @@ FLAGS
     train fp8 --steps 20
     train all --steps 20 --bf16-layers first:1,last:1 --grad-accum-dtype fp32 \
         --master-dtype fp32 --m-dtype fp32 --v-dtype fp32 # nothing is left in FP8: the same arithmetic as recipe bf16
+    train small --steps 20 --fp8-min-size 1000000 --grad-accum-dtype fp32 --master-dtype fp32 --m-dtype fp32 --v-dtype fp32
     train first --steps 20 --bf16-layers first:1
+    train projection --steps 20 --fp8-min-size 65 # of 64, 111 and 128
+    train attention --steps 20 --fp8-min-size 128
     train last --steps 20 --bf16-layers last:1
     train wide --steps 20 --fp8-fwd e5m2 --fp8-bwd e4m3
     train narrow --steps 20 --fp8-bwd e4m3
     same_column loss bf16 all 0
     same_column grad_norm bf16 all 0
-    for pair in 'bf16 fp8' 'bf16 first' 'fp8 first' 'first last' 'fp8 wide' 'fp8 narrow' 'wide narrow'; do
+    same_column grad_norm bf16 small 0
+    for pair in 'fp8 projection' 'projection attention' 'attention bf16' 'bf16 fp8' 'bf16 first' 'fp8 first' 'first last' 'fp8 wide' 'fp8 narrow' 'wide narrow'; do
         different_column grad_norm $pair
     done
     # Scales are powers of two, so those of the last 16 steps matter only where something under- or overflows
@@ -133,6 +140,11 @@ FLAGS
     holds 'a < b' a="$(memory_of fp8 weights)" b="$(memory_of first weights)"
     holds 'a == b' a="$(memory_of first weights)" b="$(memory_of last weights)"
     holds 'a < b' a="$(memory_of last weights)" b="$(memory_of bf16 weights)"
+    holds 'a < b && b < c && c < d' a="$(memory_of fp8 weights)" b="$(memory_of projection weights)" c="$(memory_of attention weights)" \
+        d="$(memory_of bf16 weights)"
+    holds 'a < 1.01 * b && b < 1.01 * a' a="$(last loss projection)" b="$(last loss fp8)"
+    grep -q '^ *fp8-min-size *128$' attention.out
+    [[ $(head -n 1 attention/log.jsonl) == *'"fp8-min-size":128,'* ]]
 }
 
 memory_of() { first mem "$1" | sed "s/.*\"$2\"://; s/[,}].*//"; }
@@ -439,7 +451,7 @@ RUNS
         END { print n " operations take " share " %"; exit !(n >= 10 && share > 20 && share <= 101) }' a.out
     grep -qE '^adamw +[0-9.]+ +[0-9.]+% +1\.0$' a.out
     grep -qE '^128, 192, 64 +1 +bf16 +N T +e4m3 x e4m3 +bf16 +6 ' a.out # the first linear layer: 2 layers, 3 steps
-    grep -qE '^192, 64, 128 +1 +- +T N +e5m2 x e4m3 +fp32 +6 ' a.out    # its weight's gradient
+    grep -qE '^192, 64, 128 +1 +- +T N +e5m2 x e4m3 +bf16 +6 ' a.out    # its weight's gradient
 }
 
 @test "bench.sh reads what --profile prints" {

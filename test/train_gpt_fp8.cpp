@@ -450,10 +450,11 @@ static void precision_costs_little_on_trained_weights(void** state) {
 // Fails where recomputation differs in precision or scale from the first time
 static void recompute_changes_no_bit(void** state) {
     (void)state;
-    for (int mode = 0; mode < 3; mode++) {
+    for (int mode = 0; mode < 4; mode++) {
         GptConfig c = small_config(3, 2, 32, 256, 33, 3, mode != 1, true, BF16, mode > 0);
         c.scaling = mode == 1 ? SCALING_CURRENT : SCALING_DELAYED;
         c.bf16_layers = Bf16Layers{mode == 2 ? 1 : 0, 0};
+        c.fp8_min_size = mode == 3 ? 56 : 0;  // the MLP alone in FP8
         float* first = NULL;
         for (int recompute = 0; recompute <= 2; recompute++) {
             c.recompute = recompute;
@@ -511,9 +512,11 @@ static void evaluation_leaves_no_trace(void** state) {
 // Fails where a matmul of the run was not planned: its workspace would not be known
 static void every_matmul_is_planned(void** state) {
     (void)state;
-    for (int fp8 = 0; fp8 < 2; fp8++) {
-        GptConfig c = small_config(3, 2, 32, 256, 300, 2, true, false, BF16, fp8 != 0);
-        c.bf16_layers = Bf16Layers{0, fp8};
+    for (int mode = 0; mode < 3; mode++) {
+        bool fp8 = mode > 0;
+        GptConfig c = small_config(3, 2, 32, 256, 300, 2, true, false, BF16, fp8);
+        c.bf16_layers = Bf16Layers{0, fp8 ? 1 : 0};
+        c.fp8_min_size = mode == 2 ? 33 : 0;  // attention's projection is in BF16 everywhere
         c.accum = c.wire = fp8 ? BF16 : FP32;  // through a workspace, or by the matmul itself
         c.embeddings_as_matrices = true;
         TestModel* t = open_model(c);
@@ -550,7 +553,7 @@ static void narrow_accumulators_add_up_the_same_gradient(void** state) {
         {BF16, NEAREST, 5e-4, 5e-3}, {BF16, STOCHASTIC, 1e-3, 6e-3}, {E4M3, NEAREST, 1e-2, 6e-2}, {E4M3, STOCHASTIC, 2e-2, 1e-1}};
     for (int variant = 0; variant < 3; variant++) {
         // the third's head is wide enough to be made in two blocks of rows, and its tokens come in two chunks of logits
-        GptConfig c = variant == 2 ? small_config(1, 2, 128, 70000, 500, 2, true, true, BF16, true)
+        GptConfig c = variant == 2 ? small_config(1, 2, 256, 70000, 500, 2, true, true, BF16, true)
                                    : small_config(2, 2, 32, 256, 40, 3, variant == 0, variant == 1, BF16, true);
         c.positions = c.T + 5;
         c.embeddings_as_matrices = true;
@@ -649,6 +652,37 @@ static void learning_rates(void** state) {
     assert_true(learning_rate(SCHEDULE_COSINE, 1.0, 0.1, 5, 5, 5) > 0.0);  // no step left after warm-up: no division by zero
 }
 
+// Fails where a layer is taken whole, where the wrong side of the limit is left in BF16, or where types of X do not follow their matrix
+static void small_matrices_are_left_in_bf16(void** state) {
+    (void)state;
+    const struct { int64_t limit; bool qkv, proj, mlp; } cases[] = {  // of width 64: 64, 64·√3 = 110.9 and 128
+        {0, true, true, true}, {64, true, true, true}, {65, true, false, true}, {110, true, false, true}, {111, false, false, true}, {128, false, false, true},
+        {129, false, false, false}, {1 << 20, false, false, false}};
+    for (auto& x : cases) {
+        for (int recompute = 0; recompute <= 2; recompute++) {
+            GptConfig c = small_config(2, 2, 64, 256, 24, 2, true, true, BF16, true);
+            c.bf16_layers = Bf16Layers{1, 0};
+            c.fp8_min_size = x.limit;
+            c.recompute = recompute;
+            TestModel* t = open_model(c);
+            for (int l = 0; l < 2; l++) {
+                const Layer* y = &t->model.layers[l];
+                auto expect = [&](bool fp8, const Param* w, const Tensor& kept) {
+                    bool want = fp8 && l == 1;
+                    assert_int_equal(w->dtype, want ? E4M3 : BF16);
+                    assert_int_equal(kept.dtype, want ? E4M3 : BF16);
+                    assert_true((kept.slot != NULL) == want && (w->slot != NULL) == want);
+                };
+                expect(x.qkv, y->qkvw, y->x_qkv);
+                expect(x.proj, y->projw, y->x_proj);
+                expect(x.mlp, y->fcw, y->x_fc);
+                expect(x.mlp, y->fcprojw, y->x_fcproj);
+            }
+            close_model(t);
+        }
+    }
+}
+
 // The tables of all ranks of a topology hold each element of the model once, but for what every rank of a layer has whole, and for the tied embedding, which the
 // first and the last stage have. Fails on a shard of the wrong shape, layer, name, number, format or initial values
 static void shards_make_up_the_model(void** state) {
@@ -664,6 +698,7 @@ static void shards_make_up_the_model(void** state) {
     for (int variant = 0; variant < 2; variant++) {
         GptConfig c = small_config(8, 4, 64, 1000, 16, 2, variant == 0, variant == 0, BF16, true);
         c.bf16_layers = Bf16Layers{1, 2};
+        c.fp8_min_size = variant == 0 ? 0 : 100;  // 64·√3 = 110.9: of a layer's four matrices only attention's projection is smaller
         describe(&whole, c);
         std::vector<std::vector<float>> initial;
         for (int i = 0; i < whole.params.count; i++) {
@@ -724,6 +759,6 @@ int main(void) {
         cmocka_unit_test(precision_costs_little_on_trained_weights), cmocka_unit_test(recompute_changes_no_bit),
         cmocka_unit_test(evaluation_leaves_no_trace), cmocka_unit_test(every_matmul_is_planned),
         cmocka_unit_test(narrow_accumulators_add_up_the_same_gradient), cmocka_unit_test(a_non_finite_step_leaves_no_trace), cmocka_unit_test(learning_rates),
-        cmocka_unit_test(shards_make_up_the_model)};
+        cmocka_unit_test(small_matrices_are_left_in_bf16), cmocka_unit_test(shards_make_up_the_model)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
