@@ -8,11 +8,11 @@
 // with dK and dV summed over blocks in FP32, in order. With rotary positions (RoPE: rotation by t·10000^(-2j/hs) of the pairs (j, j + hs/2), as in
 // GPT-NeoX) the queries and keys of one sequence are rotated into workspace first, and their gradients are rotated back as they are stored.
 //
-// Hopper has kernels of its own for BF16 and the usual head sizes (flash_hopper.cuh): no score leaves the chip. With them queries and keys are rotated within
+// GPUs from Ampere on have kernels of their own for BF16 and the usual head sizes (flash.cuh): no score leaves the chip. With them queries and keys are rotated within
 // qkv, which backward finds rotated, and Σ_j P∘dP is taken as Σ out∘dout: the output has to be kept.
 #pragma once
 #include "device.cuh"
-#include "flash_hopper.cuh"
+#include "flash.cuh"
 #include "matmul.cuh"
 #include "memory.h"
 #include "profile.h"
@@ -22,10 +22,10 @@ constexpr int ATTENTION_BLOCK = 256;  // queries at a time
 struct Attention {
     DType act;
     int B, T, heads, head_size;
-    bool flash;           // by flash_hopper.cuh; else by matmuls
+    bool flash;           // by flash.cuh; else by matmuls
     bool rope;            // rotary positions
     const float* rotary;  // (2, T, hs/2) cos, then sin; NULL without RoPE
-    float* delta;         // (B, heads, T) workspace of flash_hopper.cuh
+    float* delta;         // (B, heads, T) workspace of flash.cuh
     // workspace of one sequence and block
     void* q;              // (T, 2C) rotated queries and keys, of act; unused without rotation
     float* scores;        // (heads, block, T)
@@ -331,7 +331,7 @@ static inline void attention_backward_as(Attention* a, Matmul* mm, T* dqkv, cons
 // out (B, T, C) and lse (B, heads, T) from qkv (B, T, 3C), which is as attention_backward wants it afterwards
 static inline void attention_forward(Attention* a, Matmul* mm, void* out, float* lse, void* qkv, int B, Stream s) {
     ProfileScope scope("attention forward");
-#ifdef USE_CUDA
+#ifdef GPU_FORM
     if (a->flash) {
         if (a->rope) {
             const float* sine = a->rotary + (size_t)a->T * (size_t)(a->head_size / 2);
@@ -345,10 +345,10 @@ static inline void attention_forward(Attention* a, Matmul* mm, void* out, float*
     else { attention_forward_as(a, mm, (bf16*)out, lse, (const bf16*)qkv, B, s); }
 }
 
-// dqkv (B, T, 3C) from dout (B, T, C), out (which only flash_hopper.cuh reads), qkv and lse
+// dqkv (B, T, 3C) from dout (B, T, C), out (which only flash.cuh reads), qkv and lse
 static inline void attention_backward(Attention* a, Matmul* mm, void* dqkv, const void* dout, const void* out, const void* qkv, const float* lse, int B, Stream s) {
     ProfileScope scope("attention backward");
-#ifdef USE_CUDA
+#ifdef GPU_FORM
     if (a->flash) {
         flash_backward((bf16*)dqkv, a->delta, (const bf16*)dout, (const bf16*)out, (const bf16*)qkv, lse, a->rope ? a->rotary : NULL, true, B, a->T, a->heads,
                        a->head_size, s);

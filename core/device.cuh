@@ -16,7 +16,7 @@
 // knows that a store cannot change them. Both forms add in a fixed order, so results repeat. Arithmetic is the same on both: contraction is off in
 // the build, and a fused multiply-add is written where it is meant (`fma`).
 //
-// Everything that only nvcc understands is here, in the tile kernels of matmul.cuh and tiles.cuh, and in tensor_core.cuh and flash_hopper.cuh (PTX): launch syntax,
+// Everything that only nvcc understands is here, in the tile kernels of matmul.cuh and tiles.cuh, and in tensor_core.cuh and flash_*.cuh (PTX): launch syntax,
 // shared memory, shuffles.
 #pragma once
 #include "common.h"
@@ -732,6 +732,13 @@ template <class Op> __global__ void __launch_bounds__(TEAM_THREADS) rows_kernel(
 
 // ---- launch ----
 
+// The shared memory whose size a launch gives
+#ifdef USE_CUDA
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#elif defined(SIMT)
+#define DYNAMIC_SHARED(name) unsigned char* name = simt_dynamic_shared()
+#endif
+
 #ifdef USE_CUDA
 template <class... P, class... A>
 static inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream, A... args) {
@@ -740,8 +747,8 @@ static inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sh
     CUDA_CHECK(cudaGetLastError());
 }
 #elif defined(SIMT)
-template <class... P, class... A> static inline void launch_named(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t, Stream, A... args) {
-    simt_launch(name, kernel, grid, block, args...);
+template <class... P, class... A> static inline void launch_named(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream, A... args) {
+    simt_launch(name, kernel, grid, block, shared, args...);
 }
 #define launch(kernel, ...) launch_named(#kernel, kernel, __VA_ARGS__)  // reports name it
 #endif

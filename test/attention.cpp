@@ -10,7 +10,7 @@
 
 // ---- naive attention in float64 ----
 
-struct Shape { int B, T, heads, hs; bool rope; };
+struct Shape { int B, T, heads, hs; bool rope, causal = true; };
 
 struct Reference {
     std::vector<double> out, out_size, lse, dqkv, dqkv_size;  // (B, T, C), (B, heads, T), (B, T, 3C)
@@ -56,17 +56,18 @@ template <class A> static Reference reference(const Shape& s, const A* qkv, cons
             }
             for (std::vector<double>* x : {&dq, &dk, &dv, &dq_size, &dk_size, &dv_size}) { x->assign(n, 0.0); }
             for (int t = 0; t < T; t++) {
+                int seen = s.causal ? t + 1 : T;
                 double top = -INFINITY, sum = 0, total = 0, total_size = 0;
-                for (int j = 0; j <= t; j++) {
+                for (int j = 0; j < seen; j++) {
                     double z = 0;
                     for (int i = 0; i < hs; i++) { z += q[t * hs + i] * k[j * hs + i]; }
                     p[j] = z * factor;
                     top = fmax(top, p[j]);
                 }
-                for (int j = 0; j <= t; j++) { p[j] = exp(p[j] - top); sum += p[j]; }
+                for (int j = 0; j < seen; j++) { p[j] = exp(p[j] - top); sum += p[j]; }
                 r.lse[((size_t)b * s.heads + h) * T + t] = top + log(sum);
                 size_t o = ((size_t)b * T + t) * C + (size_t)h * hs;
-                for (int j = 0; j <= t; j++) {
+                for (int j = 0; j < seen; j++) {
                     p[j] /= sum;
                     dp[j] = dp_size[j] = 0;
                     for (int i = 0; i < hs; i++) {
@@ -80,7 +81,7 @@ template <class A> static Reference reference(const Shape& s, const A* qkv, cons
                     total += p[j] * dp[j];
                     total_size += p[j] * dp_size[j];
                 }
-                for (int j = 0; j <= t; j++) {
+                for (int j = 0; j < seen; j++) {
                     double ds = p[j] * (dp[j] - total) * factor, ds_size = p[j] * (dp_size[j] + total_size) * factor;
                     for (int i = 0; i < hs; i++) {
                         dq[t * hs + i] += ds * k[j * hs + i];
@@ -163,37 +164,51 @@ template <class A> struct Run {
         matmul_set_workspace(&mm, workspace, mm.planned);
     }
     void forward() {
+#ifdef GPU_FORM
+        if (!s.causal) { flash_forward((bf16*)out.p, lse, (const bf16*)qkv.p, false, s.B, s.T, s.heads, s.hs, NULL); } else
+#endif
         attention_forward(&attention, &mm, out, lse, qkv, s.B, NULL);
         finish();
     }
     void backward() {
+#ifdef GPU_FORM
+        if (!s.causal) {
+            flash_backward((bf16*)dqkv.p, attention.delta, (const bf16*)dout.p, (const bf16*)out.p, (const bf16*)qkv.p, lse, NULL, false, s.B, s.T, s.heads, s.hs, NULL);
+        } else
+#endif
         attention_backward(&attention, &mm, dqkv, dout, out, qkv, lse, s.B, NULL);
         finish();
     }
 };
 
-template <class A> static void check_attention(const Shape& s, bool flash = false) {
+// fill(run): other inputs than normal ones. score: the size of the scores over √hs, whose error is that of the exponentials
+template <class A, class F> static void check_attention(const Shape& s, bool flash, double score, F fill) {
     char text[128];
-    snprintf(text, sizeof(text), "%s%s, B %d, T %d, %d heads of %d%s", flash ? "flash, " : "", dtype_names[DTypeOf<A>::value], s.B, s.T, s.heads, s.hs,
-             s.rope ? ", rotary" : "");
+    snprintf(text, sizeof(text), "%s%s, B %d, T %d, %d heads of %d%s%s", flash ? "flash, " : "", dtype_names[DTypeOf<A>::value], s.B, s.T, s.heads, s.hs,
+             s.rope ? ", rotary" : "", s.causal ? "" : ", not causal");
     Run<A> run(s, flash);
+    fill(run);
     Reference r = reference<A>(s, run.qkv, run.dout);
     run.plan(false);
     run.forward();
     run.plan(true);
     run.backward();
-    double u = 128.0 * 0x1p-24, product = u + rounding_of<A>(), round = rounding_of<A>();
+    double u = (128.0 + score) * 0x1p-24, product = u + rounding_of<A>(), round = rounding_of<A>();
     // a rotated number that lies between two BF16 ones may be rounded the other way than in the reference
-    double lse_allowed = s.rope ? 64.0 * 0x1p-24 + 0x1p-6 * round * sqrt((double)s.hs) : 64.0 * 0x1p-24;
+    double lse_allowed = s.rope ? 64.0 * 0x1p-24 + 0x1p-6 * round * sqrt((double)s.hs) : (64.0 + score) * 0x1p-24;
     for (size_t i = 0; i < r.out.size(); i++) {
         double allowed = product * r.out_size[i];
         expect_near((double)to_float(run.out[i]), r.out[i], allowed + (fabs(r.out[i]) + allowed) * round, "%s: out[%zu]", text, i);
     }
     for (size_t i = 0; i < r.lse.size(); i++) { expect_near((double)run.lse[i], r.lse[i], lse_allowed, "%s: lse[%zu]", text, i); }
     for (size_t i = 0; i < r.dqkv.size(); i++) {
-        double allowed = product * r.dqkv_size[i];
+        double allowed = product * r.dqkv_size[i] + (score > 0.0 ? 0x1p-100 : 0.0);  // probabilities that no float can hold are 0
         expect_near((double)to_float(run.dqkv[i]), r.dqkv[i], allowed + (fabs(r.dqkv[i]) + allowed) * round, "%s: dqkv[%zu]", text, i);
     }
+}
+
+template <class A> static void check_attention(const Shape& s, bool flash = false) {
+    check_attention<A>(s, flash, 0.0, [](Run<A>&) {});
 }
 
 static void small_sequences_match_float64(void**) {
@@ -221,28 +236,100 @@ static void several_blocks_match_float64(void**) {
     }
 }
 
+#ifdef GPU_FORM
+static void needs_flash(void) {
 #ifdef USE_CUDA
-// Around the bounds of tiles of 64 and 128
+    if (device_capability() < 80 || !flash_is_built()) { skip(); }
+#endif
+}
+const int flash_sizes[] = {32, 64, 96, 128};
+enum { PLAIN, ROTARY, NOT_CAUSAL, FLASH_FORMS };
+
+// Around the bounds of a warp's rows and of tiles of 32, 64 and 128
 static void flash_attention_matches_float64(void**) {
-    if (device_capability() != 90 || !flash_is_built()) { skip(); }
-    for (int hs : {64, 128}) {
-        for (int T : {1, 2, 63, 64, 65, 127, 128, 129, 200, 257, 385}) {
-            for (bool rope : {false, true}) { check_attention<bf16>(Shape{T < 100 ? 2 : 1, T, T % 3 + 1, hs, rope}, true); }
+    needs_flash();
+#ifdef SIMT
+    const int lengths[] = {1, 2, 15, 16, 17, 63, 64, 65, 100, 130};
+#else
+    const int lengths[] = {1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 130, 200, 257, 385};
+#endif
+    for (int hs : flash_sizes) {
+        for (int T : lengths) {
+            for (int form = 0; form < FLASH_FORMS; form++) {
+                int heads = T < 64 ? T % 3 + 1 : 1;
+#ifdef SIMT
+                if (form != (T + hs / 32) % FLASH_FORMS) { continue; }  // emulation is slow
+#endif
+                check_attention<bf16>(Shape{T < 64 ? 2 : 1, T, heads, hs, form == ROTARY, form != NOT_CAUSAL}, true);
+            }
         }
     }
 }
 static void flash_attention_gives_the_same_bits_again(void**) {
-    if (device_capability() != 90 || !flash_is_built()) { skip(); }
-    Run<bf16> run(Shape{2, 500, 3, 128, false}, true);
-    std::vector<char> first;
-    for (int again = 0; again < 3; again++) {
-        run.forward();
-        run.backward();
-        std::vector<char> bytes((const char*)run.out.p, (const char*)(run.out.p + run.out.n));
-        bytes.insert(bytes.end(), (const char*)run.dqkv.p, (const char*)(run.dqkv.p + run.dqkv.n));
-        bytes.insert(bytes.end(), (const char*)run.lse.p, (const char*)(run.lse.p + run.lse.n));
-        if (again == 0) { first = bytes; }
-        assert_true(bytes == first);
+    needs_flash();
+#ifdef SIMT
+    const Shape shapes[] = {{1, 70, 2, 32, false}};
+#else
+    const Shape shapes[] = {{2, 500, 3, 32, false}, {2, 500, 3, 64, false}, {2, 500, 3, 96, false}, {2, 500, 3, 128, false}};
+#endif
+    for (const Shape& s : shapes) {
+        Run<bf16> run(s, true);
+        std::vector<char> first;
+        for (int again = 0; again < 3; again++) {
+            run.forward();
+            run.backward();
+            std::vector<char> bytes((const char*)run.out.p, (const char*)(run.out.p + run.out.n));
+            bytes.insert(bytes.end(), (const char*)run.dqkv.p, (const char*)(run.dqkv.p + run.dqkv.n));
+            bytes.insert(bytes.end(), (const char*)run.lse.p, (const char*)(run.lse.p + run.lse.n));
+            if (again == 0) { first = bytes; }
+            assert_true(bytes == first);
+        }
+    }
+}
+// Nearly one-hot probabilities of scores of some thousands; the same token everywhere; nothing at all
+static void flash_attention_bears_extreme_inputs(void**) {
+    needs_flash();
+    for (int hs : flash_sizes) {
+        Shape s = {1, 70, 1, hs, false, hs != 64};
+        size_t C = (size_t)hs;
+        check_attention<bf16>(s, true, 0x1p14, [=](Run<bf16>& run) {
+            for (size_t i = 0; i < run.qkv.n; i++) {
+                if (i % (3 * C) < 2 * C) { from_float(run.qkv[i], to_float(run.qkv[i]) * 16.0f); }
+            }
+        });
+        check_attention<bf16>(s, true, 16.0, [=](Run<bf16>& run) {
+            for (size_t i = 0; i < run.qkv.n; i++) { run.qkv[i] = run.qkv[i % (3 * C)]; }
+        });
+        check_attention<bf16>(s, true, 0.0, [](Run<bf16>& run) { run.qkv.fill(encoded<bf16>(0.0f)); });
+    }
+}
+// What is not finite makes NaN of what sees it, and of nothing else; but a value is multiplied with the zeros of its tile's keys that are not seen (as below).
+static void flash_attention_shows_nan_where_it_is_seen(void**) {
+    needs_flash();
+    for (int hs : {32, 96}) {
+        for (float bad : {NAN, INFINITY}) {
+            for (int at : {0, 37, 66}) {
+                if (hs == 96 && at != 37) { continue; }
+                for (int part = 0; part < (isnan(bad) ? 3 : 2); part++) {
+                    Shape s = {1, 70, 1, hs, false, at != 37 || hs == 32};
+                    Run<bf16> run(s, true);
+                    from_float(run.qkv[(size_t)at * 3 * (size_t)hs + (size_t)part * (size_t)hs + 3], bad);
+                    Reference r = reference<bf16>(s, run.qkv, NULL);
+                    run.forward();
+                    for (int t = 0; t < s.T; t++) {
+                        if (part < 2) { assert_int_equal(isfinite(run.lse[t]), isfinite(r.lse[(size_t)t])); }
+                        for (int i = 0; i < hs; i++) {
+                            bool may = part == 2 && i == 3 && t >= at / 64 * 64 - 32, want = isnan(r.out[(size_t)t * hs + i]), is = isnan(to_float(run.out[(size_t)t * hs + i]));
+                            assert_true(is == want || (is && may));
+                        }
+                    }
+                    run.backward();
+                    bool shown = false;
+                    for (size_t i = 0; i < run.dqkv.n; i++) { shown |= !isfinite(to_float(run.dqkv[i])); }
+                    assert_true(shown);
+                }
+            }
+        }
     }
 }
 #endif
@@ -437,9 +524,11 @@ static void a_block_is_at_most_256_queries(void**) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-#ifdef USE_CUDA
+#ifdef GPU_FORM
         cmocka_unit_test(flash_attention_matches_float64),
         cmocka_unit_test(flash_attention_gives_the_same_bits_again),
+        cmocka_unit_test(flash_attention_bears_extreme_inputs),
+        cmocka_unit_test(flash_attention_shows_nan_where_it_is_seen),
 #endif
         cmocka_unit_test(the_rotary_table_holds_cosines_then_sines),
         cmocka_unit_test(a_block_is_at_most_256_queries),

@@ -2,6 +2,7 @@
 // Each faulty kernel is one of ours with a line taken out or moved.
 #include "check.h"
 #include "../core/matmul.cuh"
+#include "../core/tensor_core.cuh"
 #include "../fp8_kernels.cuh"
 
 static bool reported(SimtFault fault) {
@@ -79,23 +80,31 @@ static void a_removed_barrier_is_a_race(void**) {
     assert_true(reported(SIMT_RACE) || reported(SIMT_UNINITIALISED));  // whoever comes first: the reader or the writer
     simt_clear();
 }
-static void __global__ neighbours(int* y, bool synchronised) {
+enum Between { NOTHING, WARP_BARRIER, PRODUCT };
+static void __global__ neighbours(int* y, Between between) {
     __shared__ int all[32];
     int t = (int)threadIdx.x;
     all[t] = t;
     __syncthreads();
     int x = all[(t + 1) % 32];
-    if (synchronised) { __syncwarp(); }
+    if (between == WARP_BARRIER) { __syncwarp(); }
+    if (between == PRODUCT) {
+        float sum[4] = {};
+        const uint32_t words[4] = {};
+        mma_bf16(sum, words, words);
+    }
     all[t] = x;
     __syncthreads();
     y[t] = all[t];
 }
 static void a_warps_barrier_orders_its_lanes(void**) {
     Array<int> y(32);
-    launch(neighbours, dim3(1), dim3(32), 0, (Stream)NULL, y.p, true);
+    launch(neighbours, dim3(1), dim3(32), 0, (Stream)NULL, y.p, WARP_BARRIER);
     finish();
-    launch(neighbours, dim3(1), dim3(32), 0, (Stream)NULL, y.p, false);
-    expect_report(SIMT_RACE, "neighbours");
+    for (Between between : {NOTHING, PRODUCT}) {  // lanes meet at a product too, but it says nothing of memory
+        launch(neighbours, dim3(1), dim3(32), 0, (Stream)NULL, y.p, between);
+        expect_report(SIMT_RACE, "neighbours");
+    }
 }
 static void a_step_beyond_the_end_is_found(void**) {
     Array<float> x(50), y(50);
@@ -152,6 +161,147 @@ static void a_barrier_that_some_do_not_reach_is_a_deadlock(void**) {
     expect_report(SIMT_DEADLOCK, "wait at __syncthreads");
     launch(half_a_barrier, dim3(1), dim3(32), 0, (Stream)NULL, y.p);
     finish();
+}
+
+// ---- what a tensor core does ----
+
+static void fill_small(const Array<bf16>& x) {  // sums of products of these are exact
+    for (size_t i = 0; i < x.n; i++) { from_float(x[i], (float)(random_u32() % 17) - 8.0f); }
+}
+static float product(const Array<bf16>& a, const Array<bf16>& b, int k, int n, int row, int column) {  // of a (…, k) and b (k, n)
+    float sum = 0.0f;
+    for (int i = 0; i < k; i++) { sum += to_float(a[(size_t)(row * k + i)]) * to_float(b[(size_t)(i * n + column)]); }
+    return sum;
+}
+
+// words (2, 4, 32): of x (32, 8), whose rows lie in reverse
+static void __global__ load_matrices(uint32_t* words, const uint16_t* x) {
+    DYNAMIC_SHARED(memory);
+    int lane = (int)threadIdx.x;
+    for (int i = 0; i < 8; i++) { ((uint16_t*)memory)[(31 - lane) * 8 + i] = x[lane * 8 + i]; }
+    __syncthreads();
+    uint32_t r[4];
+    ldmatrix(r, shared_address(memory) + (SharedAddress)(31 - lane) * 16);
+    for (int k = 0; k < 4; k++) { words[k * 32 + lane] = r[k]; }
+    ldmatrix_turned(r, shared_address(memory) + (SharedAddress)(31 - lane) * 16);
+    for (int k = 0; k < 4; k++) { words[(4 + k) * 32 + lane] = r[k]; }
+}
+static void matrices_are_loaded_by_rows_and_columns(void**) {
+    Array<uint16_t> x(32 * 8);
+    Array<uint32_t> words(2 * 4 * 32);
+    for (size_t i = 0; i < x.n; i++) { x[i] = (uint16_t)random_u32(); }
+    launch(load_matrices, dim3(1), dim3(32), 32 * 16, (Stream)NULL, words.p, (const uint16_t*)x);
+    finish();
+    for (int k = 0; k < 4; k++) {
+        for (int row = 0; row < 8; row++) {
+            for (int column = 0; column < 8; column++) {
+                uint32_t want = x[(size_t)((8 * k + row) * 8 + column)];
+                assert_int_equal(words[(size_t)(k * 32 + 4 * row + column / 2)] >> column % 2 * 16 & 0xffff, want);
+                assert_int_equal(words[(size_t)((4 + k) * 32 + 4 * column + row / 2)] >> row % 2 * 16 & 0xffff, want);
+            }
+        }
+    }
+}
+
+// d (16, 8) += a (16, 16) · b (16, 8), with fragments as tensor_core.cuh describes them; or two words of a's exchanged
+static void __global__ fragments_product(float* d, const bf16* a, const bf16* b, bool broken) {
+    int g = (int)threadIdx.x / 4, t = (int)threadIdx.x % 4 * 2;
+    auto pair = [](const bf16* first, int apart) { return (uint32_t)first[0].bits | (uint32_t)first[apart].bits << 16; };
+    uint32_t left[4], right[2] = {pair(b + t * 8 + g, 8), pair(b + (t + 8) * 8 + g, 8)};
+    for (int k = 0; k < 4; k++) { left[broken && k % 3 != 0 ? 3 - k : k] = pair(a + (g + k % 2 * 8) * 16 + t + k / 2 * 8, 1); }
+    float sum[4];
+    for (int i = 0; i < 4; i++) { sum[i] = d[(g + i / 2 * 8) * 8 + t + i % 2]; }
+    mma_bf16(sum, left, right);
+    for (int i = 0; i < 4; i++) { d[(g + i / 2 * 8) * 8 + t + i % 2] = sum[i]; }
+}
+static void fragments_are_multiplied(void**) {
+    Array<bf16> a(16 * 16), b(16 * 8);
+    Array<float> d(16 * 8);
+    for (bool broken : {false, true}) {
+        fill_small(a);
+        fill_small(b);
+        d.fill(3.0f);
+        launch(fragments_product, dim3(1), dim3(32), 0, (Stream)NULL, d.p, (const bf16*)a, (const bf16*)b, broken);
+        finish();
+        int wrong = 0;
+        for (int i = 0; i < 16 * 8; i++) { wrong += d[(size_t)i] != 3.0f + product(a, b, 16, 8, i / 8, i % 8); }
+        if (broken) { assert_true(wrong > 64); } else { assert_int_equal(wrong, 0); }
+    }
+}
+
+// y (32, 16) = a (32, 48) · b (48, 16) by two warps: tiles of a (32, 16) and b (16, 16) pass by in two stages
+enum Broken { SOUND, NO_WAIT, WAITS_FOR_TOO_FEW, NO_BARRIER, COPIES_TOO_SOON, ROW_ASKEW, WRONG_ROW };
+constexpr int STAGE_BYTES = (32 + 16) * 32;
+template <Broken BROKEN> static void __global__ passing_tiles(float* y, const bf16* a, const bf16* b) {
+    DYNAMIC_SHARED(memory);
+    int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32, row = thread / 2, chunk = thread % 2;
+    auto load = [=](int k) {
+        SharedAddress to = shared_address(memory) + (SharedAddress)(k % 2 * STAGE_BYTES + thread * 16);
+        if (k < 3) { cp_async_16(to, a + row * 48 + k * 16 + chunk * 8, true); }
+        if (k < 3 && warp == 0) { cp_async_16(to + 32 * 32, b + (k * 16 + row) * 16 + chunk * 8, true); }
+        cp_async_commit();
+    };
+    float sum[8] = {};
+    load(0);
+    for (int k = 0; k < 3; k++) {
+        if (BROKEN == COPIES_TOO_SOON || BROKEN == WAITS_FOR_TOO_FEW) { load(k + 1); }
+        if (BROKEN == WAITS_FOR_TOO_FEW) { cp_async_wait<2>(); }
+        else if (BROKEN == COPIES_TOO_SOON) { cp_async_wait<1>(); }
+        else if (BROKEN != NO_WAIT) { cp_async_wait<0>(); }
+        if (BROKEN != NO_BARRIER) { __syncthreads(); }
+        if (BROKEN != COPIES_TOO_SOON && BROKEN != WAITS_FOR_TOO_FEW) { load(k + 1); }
+        SharedAddress tile = shared_address(memory) + (SharedAddress)(k % 2 * STAGE_BYTES);
+        uint32_t left[4], right[4];
+        int from = BROKEN == WRONG_ROW ? lane / 2 : lane % 16;
+        ldmatrix(left, tile + (SharedAddress)((warp * 16 + from) * 32 + lane / 16 * 16 + (BROKEN == ROW_ASKEW && thread == 41 ? 2 : 0)));
+        ldmatrix_turned(right, tile + (SharedAddress)(32 * 32 + lane % 16 * 32 + lane / 16 * 16));
+        mma_bf16(sum, left, right);
+        mma_bf16(sum + 4, left, right + 2);
+        if (BROKEN == WAITS_FOR_TOO_FEW) { __syncthreads(); }
+    }
+    for (int i = 0; i < 8; i++) { y[(warp * 16 + lane / 4 + i / 2 % 2 * 8) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sum[i]; }
+}
+static bool multiplied(void (*kernel)(float*, const bf16*, const bf16*), size_t shared) {
+    Array<bf16> a(32 * 48), b(48 * 16);
+    Array<float> y(32 * 16);
+    fill_small(a);
+    fill_small(b);
+    launch(kernel, dim3(1), dim3(64), shared, (Stream)NULL, y.p, (const bf16*)a, (const bf16*)b);
+    bool right = true;
+    for (int i = 0; i < 32 * 16; i++) { right &= y[(size_t)i] == product(a, b, 48, 16, i / 16, i % 16); }
+    return right;
+}
+static void tiles_that_pass_by_are_multiplied(void**) {
+    assert_true(multiplied(passing_tiles<SOUND>, 2 * STAGE_BYTES));
+    finish();
+    assert_false(multiplied(passing_tiles<WRONG_ROW>, 2 * STAGE_BYTES));
+    simt_clear();
+}
+static void a_copy_is_not_there_before_the_wait_for_it(void**) {
+    assert_false(multiplied(passing_tiles<NO_WAIT>, 2 * STAGE_BYTES));
+    assert_true(reported(SIMT_UNINITIALISED));
+    simt_clear();
+    assert_false(multiplied(passing_tiles<WAITS_FOR_TOO_FEW>, 2 * STAGE_BYTES));
+    expect_report(SIMT_UNINITIALISED, "to which a copy is under way");
+}
+static void a_copy_is_there_for_others_after_a_barrier(void**) {
+    multiplied(passing_tiles<NO_BARRIER>, 2 * STAGE_BYTES);
+    assert_true(reported(SIMT_RACE));
+    simt_clear();
+}
+static void a_copy_over_what_others_still_read_is_a_race(void**) {
+    multiplied(passing_tiles<COPIES_TOO_SOON>, 2 * STAGE_BYTES);
+    assert_true(reported(SIMT_RACE));
+    simt_clear();
+}
+static void a_matrixs_rows_are_aligned(void**) {
+    multiplied(passing_tiles<ROW_ASKEW>, 2 * STAGE_BYTES);
+    expect_report(SIMT_MISALIGNED, "thread (41, 0, 0): reads 16 bytes");
+}
+static void shared_memory_ends_where_the_launch_says(void**) {
+    multiplied(passing_tiles<SOUND>, 2 * STAGE_BYTES - 16);
+    assert_int_equal(simt_reports.size(), 1);
+    expect_report(SIMT_OUT_OF_BOUNDS, "of which the launch asks for 3056");
 }
 
 // ---- kernels of ours that no other test launches here ----
@@ -275,6 +425,14 @@ int main(void) {
         cmocka_unit_test(a_misaligned_pack_is_found),
         cmocka_unit_test(blocks_are_in_no_order),
         cmocka_unit_test(a_barrier_that_some_do_not_reach_is_a_deadlock),
+        cmocka_unit_test(matrices_are_loaded_by_rows_and_columns),
+        cmocka_unit_test(fragments_are_multiplied),
+        cmocka_unit_test(tiles_that_pass_by_are_multiplied),
+        cmocka_unit_test(a_copy_is_not_there_before_the_wait_for_it),
+        cmocka_unit_test(a_copy_is_there_for_others_after_a_barrier),
+        cmocka_unit_test(a_copy_over_what_others_still_read_is_a_race),
+        cmocka_unit_test(a_matrixs_rows_are_aligned),
+        cmocka_unit_test(shared_memory_ends_where_the_launch_says),
         cmocka_unit_test(bytes_are_transposed),
         cmocka_unit_test(a_wrong_index_gives_wrong_numbers),
         cmocka_unit_test(codes_are_widened),

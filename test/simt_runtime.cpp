@@ -64,10 +64,21 @@ constexpr int WARPS = SIMT_MOST_THREADS / 32;
 
 enum Waiting { RUNS, AT_BLOCK_BARRIER, AT_WARP_BARRIER, DONE };
 
+struct Copy {
+    void* shared;
+    const void* global;  // NULL: zeros
+    size_t bytes;
+    int group;
+};
+
 struct Fiber {
     void* sp;
     Waiting waiting;
+    int group;                 // of copies, that is open
+    std::vector<Copy> copies;  // under way
 };
+
+alignas(1024) unsigned char dynamic_shared[SIMT_MOST_SHARED];
 
 struct Grid {
     const char* kernel;
@@ -77,8 +88,10 @@ struct Grid {
     int threads, left, current;
     uint32_t epoch;                        // barriers of the block so far
     uint32_t warp_epoch[WARPS];            // and of each warp, since that
-    int waits, warp_waits[WARPS], warp_left[WARPS];
-    uint64_t lanes[WARPS][2][32];          // what the lanes of a warp show each other, in two turns
+    int waits, warp_waits[WARPS], warp_left[WARPS], turn[WARPS];
+    bool warp_orders[WARPS];               // what a warp waits at is a barrier for memory too
+    size_t shared;                         // bytes that the launch has asked for
+    unsigned char lanes[WARPS][2][32][SIMT_SHOWN];  // what the lanes of a warp show each other, in two turns
     bool abandoned, seen[SIMT_FAULTS];
     void* host;
 };
@@ -122,7 +135,8 @@ void to_host(void) {
 
 void open_warp(int w) {
     grid.warp_waits[w] = 0;
-    grid.warp_epoch[w]++;
+    grid.turn[w] ^= 1;
+    if (grid.warp_orders[w]) { grid.warp_epoch[w]++; }
     for (int i = w * 32; i < grid.threads && i < w * 32 + 32; i++) {
         if (fibers[(size_t)i].waiting == AT_WARP_BARRIER) { fibers[(size_t)i].waiting = RUNS; }
     }
@@ -180,19 +194,20 @@ struct Byte {
     Access write, read;
 };
 struct Page { Byte bytes[1024]; };
-std::unordered_map<uintptr_t, Page*> pages;
+std::unordered_map<uintptr_t, Page*> pages;  // by address >> 10
 uintptr_t last_page_at;
 Page* last_page;
 
-Byte* byte_at(uintptr_t a) {
+Page* page_at(uintptr_t page) {
+    Page*& p = pages[page];
+    if (p == NULL) { p = (Page*)calloc(1, sizeof(Page)); }
+    last_page_at = page;
+    return last_page = p;
+}
+
+inline Byte* byte_at(uintptr_t a) {
     uintptr_t page = a >> 10;
-    if (last_page == NULL || page != last_page_at) {
-        Page*& p = pages[page];
-        if (p == NULL) { p = (Page*)calloc(1, sizeof(Page)); }
-        last_page_at = page;
-        last_page = p;
-    }
-    Byte* b = &last_page->bytes[a & 1023];
+    Byte* b = &(last_page != NULL && page == last_page_at ? last_page : page_at(page))->bytes[a & 1023];
     if (b->launch != grid.launch) {
         memset((void*)b, 0, sizeof(*b));
         b->launch = grid.launch;
@@ -213,8 +228,9 @@ std::string described(const Access& x) {
     return text;
 }
 
-void access(const void* p, size_t n, bool write, bool atomic, bool aligned) {
-    if (!watching || grid.current < 0) { return; }
+// Are the bytes there, to be touched?
+bool access(const void* p, size_t n, bool write, bool atomic, bool aligned) {
+    if (!watching || grid.current < 0) { return true; }
     uintptr_t a = (uintptr_t)p;
     char text[160];
     const char* does = atomic ? "changes atomically" : write ? "writes" : "reads";
@@ -222,10 +238,11 @@ void access(const void* p, size_t n, bool write, bool atomic, bool aligned) {
         if ((int)((a - (uintptr_t)stacks) / STACK) != grid.current) {
             snprintf(text, sizeof(text), "%s another thread's stack at %p", does, p);
             report(SIMT_OUT_OF_BOUNDS, text);
+            return false;
         }
-        return;
+        return true;
     }
-    if (a - (uintptr_t)&grid < sizeof(grid)) { return; }  // what lanes show each other
+    if (a - (uintptr_t)&grid < sizeof(grid)) { return true; }  // what lanes show each other
     if (aligned && n <= 16 && (a & (n - 1)) != 0) {
         snprintf(text, sizeof(text), "%s %zu bytes at %p", does, n, p);
         report(SIMT_MISALIGNED, text);
@@ -233,6 +250,11 @@ void access(const void* p, size_t n, bool write, bool atomic, bool aligned) {
         to_host();
     }
     bool shared = a >= (uintptr_t)&__bss_start && a < (uintptr_t)&_end;
+    if (a - (uintptr_t)dynamic_shared < sizeof(dynamic_shared) && a + n > (uintptr_t)dynamic_shared + grid.shared) {
+        snprintf(text, sizeof(text), "%s %zu bytes at byte %zu of shared memory, of which the launch asks for %zu", does, n, (size_t)(a - (uintptr_t)dynamic_shared), grid.shared);
+        report(SIMT_OUT_OF_BOUNDS, text);
+        return false;
+    }
     if (!shared) {
         if (a < last_allocation || a + n > last_allocation_end) {
             auto after = allocations.upper_bound(a);
@@ -248,12 +270,13 @@ void access(const void* p, size_t n, bool write, bool atomic, bool aligned) {
             if (write || !ours) {
                 snprintf(text, sizeof(text), "%s %zu bytes at %p, which are of no allocation", does, n, p);
                 report(SIMT_OUT_OF_BOUNDS, text);
+                return false;
             }
-            return;
+            return true;
         }
     } else if ((a >= (uintptr_t)&threadIdx && a < (uintptr_t)(&threadIdx + 1)) || (a >= (uintptr_t)&blockIdx && a < (uintptr_t)(&blockIdx + 1)) ||
                (a >= (uintptr_t)&blockDim && a < (uintptr_t)(&blockDim + 1)) || (a >= (uintptr_t)&gridDim && a < (uintptr_t)(&gridDim + 1))) {
-        return;
+        return true;
     }
     Access now = {grid.block, grid.epoch, grid.warp_epoch[grid.current / 32], (int16_t)grid.current, (uint8_t)(atomic ? ATOMIC : 0)};
     for (size_t k = 0; k < n; k++) {
@@ -262,7 +285,7 @@ void access(const void* p, size_t n, bool write, bool atomic, bool aligned) {
             if (b->write.block != now.block) { b->write.block = 0; }  // each block has shared memory of its own
             if (b->read.block != now.block) { b->read.block = 0; }
             if (!write && b->written_in != now.block) {
-                snprintf(text, sizeof(text), "reads shared memory at %p that this block has not written", (const void*)(a + k));
+                snprintf(text, sizeof(text), "reads shared memory at %p that this block has not written, or to which a copy is under way", (const void*)(a + k));
                 report(SIMT_UNINITIALISED, text);
             }
         }
@@ -283,6 +306,7 @@ void access(const void* p, size_t n, bool write, bool atomic, bool aligned) {
             b->read.flags = (uint8_t)((now.flags & before.flags & ATOMIC) | (before.flags & (SEVERAL_LANES | SEVERAL_WARPS)) | others);
         }
     }
+    return true;
 }
 
 }  // namespace
@@ -301,7 +325,7 @@ void simt_freed(void* p) {
 }
 int simt_lane(void) { return grid.current % 32; }
 
-void simt_run(const char* kernel, dim3 size, dim3 block, void (*body)(const void*), const void* arguments) {
+void simt_run(const char* kernel, dim3 size, dim3 block, size_t shared, void (*body)(const void*), const void* arguments) {
     static uint32_t launches = 0;
     grid = Grid{};
     grid.kernel = kernel;
@@ -309,14 +333,19 @@ void simt_run(const char* kernel, dim3 size, dim3 block, void (*body)(const void
     grid.arguments = arguments;
     grid.launch = ++launches;
     grid.threads = (int)(block.x * block.y * block.z);
+    grid.shared = shared;
     gridDim = size;
     blockDim = block;
     if (grid.threads < 1 || grid.threads > SIMT_MOST_THREADS) {
         fprintf(stderr, "simt: %d threads in a block; allowed: 1 to %d\n", grid.threads, SIMT_MOST_THREADS);
         abort();
     }
+    if (shared > SIMT_MOST_SHARED) {
+        fprintf(stderr, "simt: %zu bytes of shared memory; allowed: up to %zu\n", shared, SIMT_MOST_SHARED);
+        abort();
+    }
     if (stacks == NULL) { stacks = (char*)aligned_alloc(4096, SIMT_MOST_THREADS * STACK); }
-    fibers.resize(SIMT_MOST_THREADS, Fiber{NULL, DONE});
+    fibers.resize(SIMT_MOST_THREADS, Fiber{NULL, DONE, 0, {}});
     watching = true;
     for (unsigned z = 0; z < size.z; z++) {
         for (unsigned y = 0; y < size.y; y++) {
@@ -337,6 +366,8 @@ void simt_run(const char* kernel, dim3 size, dim3 block, void (*body)(const void
                     sp[RETURN] = (void*)thread_main;
                     f->sp = sp;
                     f->waiting = RUNS;
+                    f->group = 0;
+                    f->copies.clear();
                     grid.warp_left[i / 32]++;
                 }
                 grid.current = -1;
@@ -353,19 +384,88 @@ void simt_block_barrier(void) {
     if (++grid.waits == grid.left) { open_block(); return; }
     next();
 }
-void simt_warp_barrier(void) {
+static void warp_meets(bool orders) {
     int w = grid.current / 32;
     fibers[(size_t)grid.current].waiting = AT_WARP_BARRIER;
+    grid.warp_orders[w] = orders;
     if (++grid.warp_waits[w] == grid.warp_left[w]) { open_warp(w); return; }
     next();
 }
-const void* simt_exchange(const void* mine, size_t bytes) {
-    int w = grid.current / 32, turn = (int)(grid.warp_epoch[w] & 1);
-    uint64_t* slot = &grid.lanes[w][turn][grid.current % 32];
-    *slot = 0;
+void simt_warp_barrier(void) { warp_meets(true); }
+const void* simt_exchange(const void* mine, size_t bytes, bool orders) {
+    int w = grid.current / 32, turn = grid.turn[w];
+    unsigned char* slot = grid.lanes[w][turn][grid.current % 32];
+    memset(slot, 0, SIMT_SHOWN);
     memcpy(slot, mine, bytes);
-    simt_warp_barrier();
+    warp_meets(orders);
     return grid.lanes[w][turn];
+}
+
+unsigned char* simt_dynamic_shared(void) { return dynamic_shared; }
+
+// ---- tensor cores ----
+
+void simt_ldmatrix(uint32_t* r, const void* row, bool turned) {
+    unsigned char mine[16] = {};
+    if (access(row, 16, false, false, true)) { memcpy(mine, row, 16); }
+    const unsigned char* shown = (const unsigned char*)simt_exchange(mine, 16, false);
+    int g = simt_lane() / 4, t = simt_lane() % 4;
+    auto element = [=](int matrix, int i, int j) {
+        uint16_t x;
+        memcpy(&x, shown + (size_t)(8 * matrix + i) * SIMT_SHOWN + (size_t)j * 2, 2);
+        return (uint32_t)x;
+    };
+    for (int k = 0; k < 4; k++) {
+        r[k] = turned ? element(k, 2 * t, g) | element(k, 2 * t + 1, g) << 16 : element(k, g, 2 * t) | element(k, g, 2 * t + 1) << 16;
+    }
+}
+
+// Row r of a is held by lanes 4(r % 8) …, column c of b by lanes 4c …: elements k and k + 1 (k % 8 = 2t) by the t-th of them; r >= 8 and k >= 8 lie in later words.
+void simt_mma_bf16(float* d, const uint32_t* a, const uint32_t* b) {
+    struct { uint32_t a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    const unsigned char* shown = (const unsigned char*)simt_exchange(&mine, sizeof(mine), false);
+    auto element = [=](int lane, int word, int half) {
+        uint16_t bits;
+        memcpy(&bits, shown + (size_t)lane * SIMT_SHOWN + (size_t)word * 4 + (size_t)half * 2, 2);
+        uint32_t wide = (uint32_t)bits << 16;
+        float x;
+        memcpy(&x, &wide, 4);
+        return x;
+    };
+    int g = simt_lane() / 4, t = simt_lane() % 4;
+    float row[2][16], column[2][16];  // g and g + 8; 2t and 2t + 1
+    for (int i = 0; i < 2; i++) {
+        for (int k = 0; k < 16; k++) {
+            row[i][k] = element(4 * g + k % 8 / 2, i + k / 8 * 2, k % 2);
+            column[i][k] = element(4 * (2 * t + i) + k % 8 / 2, 4 + k / 8, k % 2);
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        for (int k = 0; k < 16; k++) { d[i] += row[i / 2][k] * column[i % 2][k]; }
+    }
+}
+
+void simt_copy(void* shared, const void* global, size_t bytes, bool there) {
+    Fiber* f = &fibers[(size_t)grid.current];
+    if (!access(shared, bytes, true, false, true)) { return; }
+    for (size_t k = 0; k < bytes; k++) { byte_at((uintptr_t)shared + k)->written_in = 0; }
+    memset(shared, 0xff, bytes);
+    f->copies.push_back(Copy{shared, there ? global : NULL, bytes, f->group});
+}
+void simt_copy_commit(void) { fibers[(size_t)grid.current].group++; }
+void simt_copy_wait(int pending) {
+    Fiber* f = &fibers[(size_t)grid.current];
+    size_t done = 0;
+    while (done < f->copies.size() && f->copies[done].group + pending < f->group) {
+        const Copy& c = f->copies[done++];
+        if (c.global != NULL) {
+            if (access(c.global, c.bytes, false, false, true)) { memcpy(c.shared, c.global, c.bytes); }
+        } else {
+            memset(c.shared, 0, c.bytes);
+        }
+        access(c.shared, c.bytes, true, false, true);
+    }
+    f->copies.erase(f->copies.begin(), f->copies.begin() + (ptrdiff_t)done);
 }
 
 // ---- what the compiler calls ----
