@@ -57,7 +57,7 @@ LIBS := $(EXTRA_LDFLAGS) $(DEVICE_LIBS) $(MPI_LIBS) $(JSON_LIBS) -lm
 SIMT := $(foreach name,simt device fp8_kernels gradient adam_fp8 attention,$(if $(wildcard test/simt_runtime.cpp),$(if $(wildcard test/$(name).cpp),$(name))))
 TESTS := $(patsubst test/%.cpp,$(BUILD)/test/%,$(filter-out test/simt.cpp test/simt_runtime.cpp,$(wildcard test/*.cpp)))
 # What a kernel does not read the compiler must not read ahead of it.
-SIMT_FLAGS := -DSIMT -O1 -fno-tree-vectorize -fno-ssa-phiopt -fno-if-conversion -fno-if-conversion2 -fno-tree-pre -fno-threadsafe-statics -Wno-format-truncation -fsanitize=thread
+SIMT_FLAGS := -DSIMT -O1 -fno-tree-vectorize -fno-ssa-phiopt -fno-if-conversion -fno-if-conversion2 -fno-tree-pre -fno-threadsafe-statics -Wno-format-truncation -Wno-unused-function -fsanitize=thread
 SIMT_TESTS := $(SIMT:%=$(BUILD)/test/simt_%)
 EXPERIMENTS := $(patsubst scripts/%.cu,$(BUILD)/scripts/%,$(wildcard scripts/*.cu))
 

@@ -7,7 +7,8 @@
 //      over the whole world, each tensor once however many ranks hold it, together with the ranks' shares of the loss;
 //   2. the decision, on the device, alike on every rank: a step whose loss or norm is not finite, or stands out by more than the allowed z-score from
 //      the last 128 steps, is skipped and leaves no trace in weights, moments or bias corrections (a value that is not finite does not enter the
-//      windows either). Its outcome is a record that the host reads while the next step runs;
+//      windows either), nor does one in which no target counts. Loss and gradient arrive as means over all tokens of the global batch; where some do not
+//      count (a loss mask), both are scaled here to means over those that do. Its outcome is a record that the host reads while the next step runs;
 //   3. AdamW (Loshchilov & Hutter) with decoupled weight decay on the master weights,
 //          m = β1·m + (1-β1)·g,  v = β2·v + (1-β2)·g²,  w = w - lr·(m/(1-β1^t) / (√(v/(1-β2^t)) + ε) + decay·w),
 //      where g is the gradient, its codes times descale and clip factor, and t counts the applied steps only. The same kernel writes the weight of the forward pass. An FP8
@@ -30,12 +31,13 @@ constexpr int OUTLIER_WINDOW = 128;    // steps, as in llm.c
 
 // ---- the decision ----
 
-enum SkipReason { NOT_SKIPPED, SKIP_NON_FINITE_LOSS, SKIP_NON_FINITE_NORM, SKIP_LOSS_OUTLIER, SKIP_NORM_OUTLIER };
-static const char* const skip_names[] = {NULL, "non-finite loss", "non-finite gradient", "loss outlier", "gradient norm outlier"};
+enum SkipReason { NOT_SKIPPED, SKIP_NON_FINITE_LOSS, SKIP_NON_FINITE_NORM, SKIP_LOSS_OUTLIER, SKIP_NORM_OUTLIER, SKIP_NOTHING_COUNTS };
+static const char* const skip_names[] = {NULL, "non-finite loss", "non-finite gradient", "loss outlier", "gradient norm outlier",
+                                         "no token counts in the loss"};
 
 struct StepRecord {          // what the host reads of a step
-    double loss;             // mean over the global batch
-    double grad_norm;        // of the averaged gradient, before clipping
+    double loss;             // mean over the tokens of the global batch that count; 0 where none does
+    double grad_norm;        // of the gradient of that mean, before clipping
     double loss_z, norm_z;   // NaN until the window is full
     int skipped;             // SkipReason
     int64_t applied;         // steps applied so far
@@ -51,7 +53,7 @@ struct OptimizerState {      // on the device; all of it outlives a step
     OutlierWindow losses, norms;
     StepRecord record;
     int apply;               // the decision for the kernels that follow
-    float grad_factor;       // clip factor
+    float grad_factor;       // clip factor, and from the mean over all tokens to that over those that count
     float correction1, correction2;  // 1/(1-β1^t), 1/(1-β2^t)
 };
 
@@ -120,18 +122,26 @@ struct AddPieces {      // squares[i] = Σ of the pieces of tensor i in float64,
     }
 };
 
-struct AddTotals {      // totals = {Σ squares of the tensors that this rank counts, in their order; its share of the loss}
+struct LossShare {      // of a rank; 0 on those that have no part in the loss, or another's
+    double mean;        // its rows' part of the mean over all tokens of the global batch
+    double counted;     // how many of its rows count
+};
+
+constexpr int STEP_TOTALS = 3;
+
+struct AddTotals {      // totals = {Σ squares of the tensors that this rank counts, in their order; its share of the loss; its rows that count}
     double* totals;
     const double* squares;
     const uint8_t* counted;  // (tensors)
-    const float* loss;
+    const LossShare* loss;
     int tensors;
     template <class Team> DEVICE void operator()(Team team, int) const {
         if (!team.leads()) { return; }
         double squared = 0.0;
         for (int i = 0; i < tensors; i++) { squared += counted[i] ? squares[i] : 0.0; }
         totals[0] = squared;
-        totals[1] = (double)*loss;
+        totals[1] = loss->mean;
+        totals[2] = loss->counted;
     }
 };
 
@@ -143,16 +153,19 @@ struct DecisionRules {
 
 struct Decide {
     OptimizerState* state;
-    const double* totals;       // of the whole model: squared norm, and mean loss of the global batch
+    const double* totals;       // of the whole model: squared norm, mean loss of the global batch, and how many of its tokens count
+    double tokens;              // of the global batch
     DecisionRules rules;
     template <class Team> DEVICE void operator()(Team team, int) const {
         if (!team.leads()) { return; }
         OptimizerState* o = state;
         StepRecord* r = &o->record;
-        r->grad_norm = sqrt(totals[0]);
-        r->loss = totals[1];
+        bool counts = totals[2] > 0.0;
+        double to_counted = counts ? tokens / totals[2] : 0.0;  // exactly 1 where all count
+        r->grad_norm = sqrt(totals[0]) * to_counted;
+        r->loss = totals[1] * to_counted;
         bool loss_ok = is_finite(r->loss), norm_ok = is_finite(r->grad_norm);
-        if (loss_ok && norm_ok) {  // a step that is thrown away for one must not count in the other's window
+        if (loss_ok && norm_ok && counts) {  // a step that is thrown away for one must not count in the other's window
             r->loss_z = outlier_score(&o->losses, r->loss);
             r->norm_z = outlier_score(&o->norms, r->grad_norm);
         } else {
@@ -160,6 +173,7 @@ struct Decide {
         }
         r->skipped = !loss_ok ? SKIP_NON_FINITE_LOSS
             : !norm_ok ? SKIP_NON_FINITE_NORM
+            : !counts ? SKIP_NOTHING_COUNTS
             : rules.skip_loss_z > 0.0f && r->loss_z > (double)rules.skip_loss_z ? SKIP_LOSS_OUTLIER
             : rules.skip_grad_z > 0.0f && r->norm_z > (double)rules.skip_grad_z ? SKIP_NORM_OUTLIER : NOT_SKIPPED;
         o->apply = r->skipped == NOT_SKIPPED;
@@ -169,7 +183,8 @@ struct Decide {
         o->beta2_power *= rules.beta2;
         o->correction1 = (float)(1.0 / (1.0 - o->beta1_power));
         o->correction2 = (float)(1.0 / (1.0 - o->beta2_power));
-        o->grad_factor = rules.clip > 0.0f && r->grad_norm > (double)rules.clip ? (float)((double)rules.clip / r->grad_norm) : 1.0f;
+        double clip = rules.clip > 0.0f && r->grad_norm > (double)rules.clip ? (double)rules.clip / r->grad_norm : 1.0;
+        o->grad_factor = (float)(clip * to_counted);
     }
 };
 
@@ -416,6 +431,20 @@ struct SetState {             // state = values, on the host
     }
 };
 
+struct GetState {             // values = state, on the host
+    float* values;
+    StateView state;
+    size_t elements;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        size_t first = (size_t)piece * PIECE;
+        StateView s = from_element(state, first);
+        float* out = values + first;
+        team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) {
+            store_some(out, c, count, s.read(c, count, false), 1.0f, RoundNearest{});
+        });
+    }
+};
+
 struct OptimizerConfig {
     bool by_block;                         // scales by block instead of by tensor
     Rounding master_rounding, moment_rounding;
@@ -434,7 +463,7 @@ struct Optimizer {
     float* partial_tops;      // (pieces) codes at the maximum; after those
     double* squares;          // (tensors)
     double* tops;             // (tensors)
-    double* totals;           // (2) squared norm and loss
+    double* totals;           // (STEP_TOTALS) squared norm, loss, tokens that count
     uint8_t* counted;         // (tensors) does this rank count it in the norm?
     int64_t* first_piece;     // (tensors + 1)
     uint32_t* amaxes;         // (tensors, 3) of new master, m and v
@@ -478,7 +507,7 @@ static inline void optimizer_allocate(Optimizer* o, ParamTable* table, bool weig
     o->partial_tops = o->partial + (memory->committed ? pieces : 0);
     o->squares = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
     o->tops = memory_take<double>(memory, OPTIMIZER, (size_t)table->count);
-    o->totals = memory_take<double>(memory, OPTIMIZER, 2);
+    o->totals = memory_take<double>(memory, OPTIMIZER, STEP_TOTALS);
     o->counted = memory_take<uint8_t>(memory, OPTIMIZER, (size_t)table->count);
     o->first_piece = memory_take<int64_t>(memory, OPTIMIZER, (size_t)table->count + 1);
     o->amaxes = memory_take<uint32_t>(memory, OPTIMIZER, 3 * (size_t)table->count);
@@ -594,9 +623,29 @@ static inline void optimizer_set_master(Param* p, const float* values, Group* te
     free(exponents);
 }
 
-// One step from the reduced gradients of all parameters and this rank's share of the mean loss of the global batch, in two halves. No host synchronisation.
-// First: norm and decision. `slots`: (params, 4) of the gradients.
-static inline void optimizer_decide(Optimizer* o, const ParamTable* table, const float* slots, const float* loss, DecisionRules rules, Stream s) {
+// values (own_count) = what this rank keeps of the master of one parameter, on the host
+static inline void optimizer_get_master(float* values, const Param* p, Stream s) {
+    size_t n = p->own_count, blocks = ceil_div(n, (size_t)STATE_BLOCK), bytes = n * (size_t)dtype_bytes(p->master.dtype);
+    if (n == 0) { return; }
+    float slot[4] = {1.0f, 1.0f, 1.0f, 0.0f};
+    char* codes = (char*)host_alloc(bytes);
+    int8_t* exponents = (int8_t*)host_alloc(blocks);
+    copy_to_host(codes, p->master.data, bytes, s);
+    if (p->master.slot != NULL) { copy_to_host(slot, p->master.slot, sizeof(slot), s); }
+    if (p->master.exponents != NULL) { copy_to_host(exponents, p->master.exponents, blocks, s); }
+    stream_sync(s);
+    StateView v = {p->master.dtype, NEAREST, codes, p->master.slot != NULL ? slot : NULL, p->master.exponents != NULL ? exponents : NULL};
+    GetState get = {values, v, n};
+    int pieces = pieces_of(n);
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < pieces; i++) { get(CpuTeam{}, i); }
+    free(codes);
+    free(exponents);
+}
+
+// One step from the reduced gradients of all parameters and this rank's share of the mean loss of the global batch of so many tokens, in two halves. No host
+// synchronisation. First: norm and decision. `slots`: (params, 4) of the gradients.
+static inline void optimizer_decide(Optimizer* o, const ParamTable* table, const float* slots, const LossShare* loss, int64_t tokens, DecisionRules rules, Stream s) {
     ProfileScope scope("gradient norm");
     if (o->partitioned) { device_zero(o->partial, 2 * (size_t)o->pieces * sizeof(float), s); }
     int64_t piece = 0;
@@ -615,8 +664,8 @@ static inline void optimizer_decide(Optimizer* o, const ParamTable* table, const
     if (o->partitioned) { all_reduce_sum(o->data, o->partial, 2 * (size_t)o->pieces, s); }  // one rank has a piece's sum, the others 0
     run_rows(AddPieces{o->squares, o->tops, o->partial, o->partial_tops, o->first_piece, slots}, table->count, s);
     run_rows(AddTotals{o->totals, o->squares, o->counted, loss, table->count}, 1, s);
-    if (is_shared(o->world)) { all_reduce_sum(o->world, o->totals, 2, s); }
-    run_rows(Decide{o->state, o->totals, rules}, 1, s);
+    if (is_shared(o->world)) { all_reduce_sum(o->world, o->totals, STEP_TOTALS, s); }
+    run_rows(Decide{o->state, o->totals, (double)tokens, rules}, 1, s);
 }
 
 static inline void update_fp32(const Optimizer* o, const Param* p, AdamRates rates, uint32_t* amax, Stream s) {

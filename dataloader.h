@@ -2,8 +2,9 @@
 //
 // SPEC names the data: a glob `data/*.bin`, a list `a.bin,b.bin`, or a blend `0.7:a*.bin,0.3:b*.bin`. Each weighted entry is one source;
 // without weights all files together are one source. A file is a shard of llm.c (a header of 256 int32: [0]=20240520 [1]=1 [2]=tokens, then
-// uint16 tokens; or [0]=20240801 [1]=7 [2]=tokens, then uint32 tokens) or, without a magic number, text: one token a byte. One run reads
-// one kind of file.
+// uint16 tokens; or [0]=20240801 [1]=7 [2]=tokens, then uint32 tokens) or, without a magic number, text: one token a byte. Version 8 of the
+// latter, which llm.c does not know, has a loss mask: bit 31 of a token is set where it does not count in the loss as a target, which is then
+// -1 here; as an input it is a token like any other. One run reads one kind of file; shards with and without a mask are one kind.
 //
 // A window is T+1 tokens: the inputs are the first T, the targets the last T. Windows start every T tokens, so a file of n tokens has
 // floor((n-1)/T) of them and no token is a target twice. The windows of a source are numbered 0..W-1; in each epoch they are visited in a
@@ -26,6 +27,8 @@ static const int LOADER_MAX_SOURCES = 64;                     // weighted entrie
 static const int LOADER_MAX_OPEN = 64;                        // file descriptors of one loader
 static const int LOADER_CHUNK = 64 * 1024;                    // tokens a read while scanning
 static const int64_t LOADER_SCAN_TOKENS = 128 * 1024 * 1024;  // tokens checked at open, over all files (about 0.2 s)
+static const uint32_t LOADER_MASK_BIT = 1u << 31;             // of a token that does not count in the loss
+static const int32_t LOADER_NOT_COUNTED = -1;                 // such a token as a target
 static_assert(sizeof(off_t) == 8, "shards may be larger than 2 GiB");
 
 // The kind of a file; the value is the bytes a token takes.
@@ -51,6 +54,7 @@ struct DataLoaderConfig {
 struct DataFile {
     char* path;
     int fd;                // -1: not open at the moment
+    bool masked;           // its tokens say whether they count in the loss
     int64_t tokens;        // 0 until the header has been checked
     int64_t skip;          // windows of the file before the part that this loader reads
     int64_t windows;       // windows of that part
@@ -68,6 +72,7 @@ struct DataSource {
 struct DataLoader {
     DataLoaderConfig config;
     LoaderKind kind;
+    bool masked;          // one file at least is
     int64_t vocab;        // given or derived
     DataFile* files;      // (file_count) in the order of the SPEC, a glob's matches sorted by bytes
     int file_count;
@@ -78,7 +83,7 @@ struct DataLoader {
     int open_files[LOADER_MAX_OPEN];  // indices of the open files, -1 where free
     int next_open;        // the entry of open_files that is reused next, in turn
     void* raw;            // (max(T+1, LOADER_CHUNK)) tokens as they are in the file
-    int32_t* tokens;      // (max(T+1, LOADER_CHUNK)) the same, widened
+    int32_t* tokens;      // (max(T+1, LOADER_CHUNK)) the same, widened, their mask bits still on them
 };
 
 // Where a run stands: everything that a checkpoint must keep. It does not depend on the number of ranks or the micro-batch.
@@ -184,13 +189,13 @@ static inline void loader_pread(void* out, DataLoader* loader, int index, size_t
     }
 }
 
-// Widens n tokens and returns the largest.
-template <class Token> static inline uint32_t loader_widen(int32_t* out, const void* raw, int64_t n) {
+// Widens n tokens and returns the largest, of their `bits`.
+template <class Token> static inline uint32_t loader_widen(int32_t* out, const void* raw, int64_t n, uint32_t bits) {
     const Token* in = (const Token*)raw;
     uint32_t largest = 0;
     for (int64_t i = 0; i < n; i++) {
         out[i] = (int32_t)in[i];
-        largest = max_of(largest, (uint32_t)in[i]);
+        largest = max_of(largest, (uint32_t)in[i] & bits);
     }
     return largest;
 }
@@ -199,17 +204,17 @@ template <class Token> static inline uint32_t loader_widen(int32_t* out, const v
 static inline void loader_read_tokens(DataLoader* loader, int index, int64_t first, int64_t n) {
     int64_t header = loader->kind == LOADER_TEXT ? 0 : LOADER_HEADER_BYTES;
     loader_pread(loader->raw, loader, index, (size_t)(n * loader->kind), header + first * loader->kind);
-    uint32_t largest;
+    uint32_t largest, bits = loader->files[index].masked ? ~LOADER_MASK_BIT : ~0u;
     switch (loader->kind) {
-        case LOADER_TEXT: largest = loader_widen<uint8_t>(loader->tokens, loader->raw, n); break;
-        case LOADER_UINT16: largest = loader_widen<uint16_t>(loader->tokens, loader->raw, n); break;
-        default: largest = loader_widen<uint32_t>(loader->tokens, loader->raw, n); break;
+        case LOADER_TEXT: largest = loader_widen<uint8_t>(loader->tokens, loader->raw, n, bits); break;
+        case LOADER_UINT16: largest = loader_widen<uint16_t>(loader->tokens, loader->raw, n, bits); break;
+        default: largest = loader_widen<uint32_t>(loader->tokens, loader->raw, n, bits); break;
     }
     if (largest < loader->vocab) { return; }
     int64_t i = 0;
-    while ((uint32_t)loader->tokens[i] < loader->vocab) { i++; }
+    while (((uint32_t)loader->tokens[i] & bits) < loader->vocab) { i++; }
     bad_input("%s: %s: the token at offset %" PRId64 " is %u; allowed in a vocabulary of %" PRId64 ": 0 to %" PRId64 " (--vocab N sets it)",
-              loader->config.flag, loader->files[index].path, first + i, (uint32_t)loader->tokens[i], loader->vocab, loader->vocab - 1);
+              loader->config.flag, loader->files[index].path, first + i, (uint32_t)loader->tokens[i] & bits, loader->vocab, loader->vocab - 1);
 }
 
 // ---- opening ----
@@ -231,7 +236,9 @@ static inline void loader_check_file(DataLoader* loader, int index) {
     loader_pread(header, loader, index, (size_t)min_of(bytes, (int64_t)LOADER_HEADER_BYTES), 0);
     int32_t magic = bytes >= 4 ? header[0] : 0;
     const char* other = magic == 20240522 ? "multiple-choice" : magic == 20240326 ? "model" : magic == 20240328 ? "tokenizer" : NULL;
-    if (other != NULL) { bad_input("%s: %s is a %s file (magic %d); allowed: token shards and text files", flag, path, other, magic); }
+    if (other != NULL) {
+        bad_input("%s: %s is a %s file (magic %d); allowed: token shards and text files%s", flag, path, other, magic, magic == 20240522 ? "; --eval-data takes it" : "");
+    }
 
     LoaderKind kind = magic == 20240520 ? LOADER_UINT16 : magic == 20240801 ? LOADER_UINT32 : LOADER_TEXT;
     size_t length = strlen(path);
@@ -242,11 +249,15 @@ static inline void loader_check_file(DataLoader* loader, int index) {
         }
         file->tokens = bytes;
     } else {
-        int version = kind == LOADER_UINT16 ? 1 : 7;
+        file->masked = kind == LOADER_UINT32 && header[1] == 8;
+        loader->masked |= file->masked;
         if (bytes < LOADER_HEADER_BYTES) {
             bad_input("%s: %s is truncated: %" PRId64 " bytes, a shard's header alone has %d", flag, path, bytes, LOADER_HEADER_BYTES);
         }
-        if (header[1] != version) { bad_input("%s: %s has version %d; allowed with magic %d: %d", flag, path, header[1], magic, version); }
+        if (header[1] != (kind == LOADER_UINT16 ? 1 : 7) && !file->masked) {
+            bad_input("%s: %s has version %d; allowed with magic %d: %s", flag, path, header[1], magic,
+                      kind == LOADER_UINT16 ? "1" : "7, and 8 with a loss mask");
+        }
         // The file's size is the truth. The header's count has 32 bits and wraps around in larger shards, where the low bits must agree.
         int64_t count = (bytes - LOADER_HEADER_BYTES) / kind;
         if ((bytes - LOADER_HEADER_BYTES) % kind != 0 || (uint32_t)count != (uint32_t)header[2]) {
@@ -273,7 +284,7 @@ static inline void loader_add_file(DataLoader* loader, const char* path) {
     loader->files = (DataFile*)realloc(loader->files, (size_t)(loader->file_count + 1) * sizeof(DataFile));
     char* copy = strdup(path);
     if (loader->files == NULL || copy == NULL) { die("out of host memory while listing data files"); }
-    loader->files[loader->file_count++] = {copy, -1, 0, 0, 0, 0};
+    loader->files[loader->file_count++] = {copy, -1, false, 0, 0, 0, 0};
 }
 
 static inline int loader_compare_paths(const void* a, const void* b) { return strcmp(*(const char* const*)a, *(const char* const*)b); }
@@ -407,7 +418,8 @@ static inline void loader_close(DataLoader* loader) {
 
 // ---- use ----
 
-// This rank's share of the next micro-batch of all ranks: inputs (B, T), targets (B, T), the token that follows each input.
+// This rank's share of the next micro-batch of all ranks: inputs (B, T), targets (B, T), the token that follows each input, or
+// LOADER_NOT_COUNTED.
 static inline void loader_next(DataLoader* loader, int32_t* inputs, int32_t* targets) {
     const DataLoaderConfig* config = &loader->config;
     int64_t T = config->seq_len, B = config->micro_batch;
@@ -419,8 +431,12 @@ static inline void loader_next(DataLoader* loader, int32_t* inputs, int32_t* tar
         int64_t window;
         int f = loader_locate(&window, loader, s, taken);
         loader_read_tokens(loader, f, window * T, T + 1);
-        memcpy(inputs + i % B * T, loader->tokens, (size_t)T * sizeof(int32_t));
-        memcpy(targets + i % B * T, loader->tokens + 1, (size_t)T * sizeof(int32_t));
+        const int32_t* all = loader->tokens;  // negative where the mask bit is set, which no token of a vocabulary has
+        int32_t *in = inputs + i % B * T, *out = targets + i % B * T;
+        for (int64_t t = 0; t < T; t++) {
+            in[t] = all[t] & INT32_MAX;
+            out[t] = all[t + 1] < 0 ? LOADER_NOT_COUNTED : all[t + 1];
+        }
     }
 }
 
@@ -469,10 +485,24 @@ static inline void loader_seek(DataLoader* loader, const LoaderPosition* positio
     loader->samples = position->samples;
 }
 
+// Tells other data of the same size: of every file its length and some of its tokens, at its beginning, middle and end
+static inline uint64_t loader_fingerprint(DataLoader* loader) {
+    uint64_t print = 0;
+    for (int f = 0; f < loader->file_count; f++) {
+        int64_t tokens = loader->files[f].tokens, n = min_of(tokens, (int64_t)1024);
+        print = mix64(print ^ (uint64_t)tokens);
+        for (int64_t first : {(int64_t)0, (tokens - n) / 2, tokens - n}) {
+            loader_read_tokens(loader, f, first, n);
+            for (int64_t i = 0; i < n; i++) { print = mix64(print ^ (uint32_t)loader->tokens[i]); }
+        }
+    }
+    return print;
+}
+
 static inline int64_t loader_windows(const DataLoader* loader) { return loader->windows; }
-static inline int64_t loader_tokens(const DataLoader* loader) { return loader->windows * loader->config.seq_len; }  // targets in an epoch
+static inline int64_t loader_tokens(const DataLoader* loader) { return loader->windows * loader->config.seq_len; }  // targets in an epoch, those too that do not count
 static inline double loader_epochs(const DataLoader* loader) { return (double)loader->samples / (double)loader->windows; }  // passes so far
 
 static inline const char* loader_kind_name(const DataLoader* loader) {
-    return loader->kind == LOADER_TEXT ? "text" : loader->kind == LOADER_UINT16 ? "uint16 shards" : "uint32 shards";
+    return loader->kind == LOADER_TEXT ? "text" : loader->kind == LOADER_UINT16 ? "uint16 shards" : loader->masked ? "uint32 shards with a loss mask" : "uint32 shards";
 }

@@ -585,7 +585,8 @@ template <class T, class A, Rounding R> struct PositionBackward {  // dwpe[t] [+
 // ---- cross-entropy ----
 //
 // In two kernels: what there is to know of a row of logits, and the loss and its gradient. In between, ranks that hold some columns each (the tokens
-// first … first+valid-1; their other columns are padding, take no part and get gradient 0) tell each other.
+// first … first+valid-1; their other columns are padding, take no part and get gradient 0) tell each other. A row whose target is negative does not count: its
+// loss and its gradient are 0, whatever its logits.
 
 constexpr int LOGIT_STATISTICS = 3;  // of a row: the greatest logit, Σ exp(z - greatest), z[target]
 
@@ -596,7 +597,7 @@ template <int N> DEVICE Vec<N> mask(Vec<N> v, Range<N> c, int valid, float other
 template <class T> struct LogitStatistics {
     float* stats;        // (rows, LOGIT_STATISTICS)
     const T* z;          // (rows, padded) logits
-    const int* targets;  // (rows), of all ranks' tokens
+    const int* targets;  // (rows), of all ranks' tokens; negative: none
     int first, valid;    // this rank's tokens; there may be none
     int padded;
     template <class Team> DEVICE void operator()(Team team, int row) const {
@@ -620,13 +621,18 @@ template <class T> struct CrossEntropy {  // per row: loss = logsumexp(z) - z[ta
     const float* stats;  // (parts, part_stride), of each rank as LogitStatistics leaves them
     int parts;
     size_t part_stride;
-    const int* targets;  // (rows), of all ranks' tokens
+    const int* targets;  // (rows), of all ranks' tokens; negative: the row does not count
     float weight;        // of one row in the mean
     int first, valid;    // this rank's tokens
     int padded;
     bool backward;
     template <class Team> DEVICE void operator()(Team team, int row) const {
         T* zr = z + (size_t)row * padded;
+        if (targets[row] < 0) {
+            if (team.leads()) { losses[row] = 0.0f; }
+            if (backward) { team.each(padded, [=](auto c) { store(zr, c, splat(c, 0.0f)); }); }
+            return;
+        }
         const float* s = stats + (size_t)row * LOGIT_STATISTICS;
         float top = -FLT_MAX, total = 0.0f, at_target = -0.0f;
         for (int p = 0; p < parts; p++) { top = max_of(top, s[p * part_stride]); }
@@ -649,13 +655,23 @@ template <class T> struct CrossEntropy {  // per row: loss = logsumexp(z) - z[ta
     }
 };
 
-struct AddLosses {  // *total += Σ losses in float64
-    double* total;
+struct LossTotal {  // in float64, where whole numbers are exact
+    double loss;    // Σ over the rows that count
+    double counted; // how many those are
+};
+
+struct AddLosses {  // total += Σ losses, and how many rows count
+    LossTotal* total;
     const float* losses;
+    const int* targets;  // (rows); negative: the row does not count
     int rows;
     template <class Team> DEVICE void operator()(Team team, int) const {
         const float* l = losses;
+        const int* t = targets;
         double sum = team.sum_double(rows, [=](int64_t i) { return (double)l[i]; });
-        if (team.leads()) { *total += sum; }
+        double counted = team.sum_double(rows, [=](int64_t i) { return t[i] >= 0 ? 1.0 : 0.0; });
+        if (!team.leads()) { return; }
+        total->loss += sum;
+        total->counted += counted;
     }
 };

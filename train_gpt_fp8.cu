@@ -20,7 +20,10 @@
 #include "dataloader.h"          // token shards and text
 #include "core/attention.cuh"    // attention_forward, attention_backward
 #include "core/batch.h"          // a micro-batch on the host
+#include "core/checkpoint_reader.cuh"  // what a run leaves behind to go on from
+#include "core/choices.h"        // multiple-choice files
 #include "core/exchange.cuh"     // what ranks of a layer, and stages, send each other
+#include "core/hf.h"             // Hugging Face's folders
 #include "core/learning_rate.h"  // schedules
 #include "core/log.h"            // log.jsonl, step lines, tables
 #include "core/matmul.cuh"       // matmul
@@ -30,7 +33,10 @@
 #include "core/params.h"         // the table of parameters
 #include "core/plan.h"           // GPUs, rooflines, a pipeline's schedule, a plan and how it is printed
 #include "core/presets.h"        // shapes by name
+#include "core/sampling.h"       // the next token, given the logits
+#include "core/tokenizer.h"      // tokens as text
 #include "core/topology.cuh"     // replicas, stages, ranks that share layers
+#include "core/watchdog.h"       // ends a run that hangs
 #include <algorithm>
 #include <numeric>
 #include <signal.h>
@@ -42,9 +48,11 @@ enum FP8Format { FORMAT_E4M3, FORMAT_E5M2 };
 enum GradFormat { GRAD_FP32, GRAD_BF16, GRAD_E4M3, GRAD_E5M2 };
 enum OptBlock { BLOCK_TENSOR, BLOCK_128 };
 enum AlgorithmChoice { ALGORITHM_TIMED, ALGORITHM_LIBRARY };
+enum ExportFormat { EXPORT_BF16, EXPORT_FP32, EXPORT_FP16 };
 enum StateFormat { STATE_FP32, STATE_BF16, STATE_FP16, STATE_E4M3, STATE_E5M2, STATE_UE5M3 };  // as in DType
 
 static const DType grad_formats[] = {FP32, BF16, E4M3, E5M2};  // by GradFormat
+static const DType export_formats[] = {BF16, FP32, FP16};      // by ExportFormat
 
 struct Bf16Layers { int first, last; };  // layers left in BF16 at each end
 
@@ -52,8 +60,11 @@ struct Args {
     const char* train_data = NULL;
     const char* val_data = NULL;
     double val_split = 0.0;
+    const char* eval = NULL;
     const char* output_dir = "log";
     const char* init = NULL;
+    const char *export_hf = NULL, *export_llmc = NULL, *hf_tokenizer = NULL;
+    ExportFormat export_dtype = EXPORT_BF16;
     int64_t layers = 0, heads = 0, width = 0, vocab = 0;
     Position position = POSITION_ROPE;
     bool tied = true;
@@ -78,9 +89,16 @@ struct Args {
     int64_t recompute = 1, zero = 1;
     ZeroSplit zero_split = SPLIT_FLAT;
     int64_t val_every = 250, val_batches = 20, sample_every = 0, sample_len = 64;
+    const char *tokenizer = NULL, *prompt = NULL;
+    int64_t generate = 0, samples = 1, top_k = 0;
+    double temperature = 0.8, top_p = 1.0;
     int64_t seed = 1337;
     AlgorithmChoice matmul_choice = ALGORITHM_TIMED;
     const char* matmul_cache = NULL;
+    int64_t checkpoint_every = 0, keep = 5;
+    bool resume = false;
+    double checkpoint_memory = 0.0, max_minutes = 0.0, timeout = 600.0;
+    int64_t max_skipped = 25;
     bool staged = false, profile = false, log_tensors = false;
     int64_t tp = 1, pp = 1, world = 0;
     bool plan = false, json = false, kernels = false;
@@ -111,7 +129,7 @@ static void print_bf16_layers(char* text, size_t size, const void* value) {
     const Bf16Layers* l = (const Bf16Layers*)value;
     snprintf(text, size, "first:%d,last:%d", l->first, l->last);
 }
-constexpr int MAX_OPTIONS = 80;
+constexpr int MAX_OPTIONS = 128;
 constexpr int64_t MAX_MICRO_BATCH = 1 << 20;
 
 struct OptionTable {
@@ -123,7 +141,7 @@ static const RefusedFlag refused_flags[] = {
     {"f", "the precision of FP32 matmuls is never lowered: no flag is needed"},
     {"w", "master weights are always kept: no flag is needed"},
     {"ge", "--recompute N (-r) and fused kernels: GELU has no switch of its own"},
-    {"nm", "--steps N (-x) ends a run"},
+    {"nm", "--keep 0 (-nk) keeps all checkpoints"},
     {"lg", "every step is logged"},
     {"pn", "the launcher starts the processes: mpirun -np N"},
     {"pr", "the launcher numbers the processes: mpirun -np N"},
@@ -131,10 +149,7 @@ static const RefusedFlag refused_flags[] = {
     {"pi", "processes find each other through MPI: mpirun"},
     {"pf", "processes find each other through MPI: mpirun"},
     {"ps", "processes find each other through MPI: mpirun --host"},
-    {"n", "this version writes no checkpoints; leave the flag out"},
-    {"nk", "this version writes no checkpoints; leave the flag out"},
-    {"y", "this version writes no checkpoints to go on from; leave the flag out"},
-    {"h", "this version scores no multiple-choice files; leave the flag out"},
+    {"h", "--eval-data FILE scores a model on multiple-choice files such as llm.c's hellaswag_val.bin"},
 };
 
 static const char* const precision_group = "Precision and memory";  // what a plan's baseline has of its own
@@ -142,17 +157,18 @@ static const char* const precision_group = "Precision and memory";  // what a pl
 static void option_table(OptionTable* t, Args* a) {
     const Option items[] = {
         option_group("Data"),
-        option_string("train-data", "i", &a->train_data, 1, "SPEC", "token shards (glob, list, or blend 0.7:a*.bin,0.3:b*.bin) or text files"),
+        option_string("train-data", "i", &a->train_data, 1, "SPEC", "token shards (glob, list, or blend 0.7:a*.bin,0.3:b*.bin) or text files; --steps 0 needs none"),
         option_string("val-data", "j", &a->val_data, 1, "SPEC", "validation data, of the same forms"),
         option_double("val-split", NULL, &a->val_split, 0.0, OPTION_BELOW_1, "F", "without --val-data: hold back the last F of each training file"),
+        option_string("eval-data", NULL, &a->eval, 1, "FILES", "multiple-choice files a.bin,b.bin (llm.c's HellaSwag), scored at every validation and at the end"),
         option_group("Model"),
-        option_string("init", "e", &a->init, 1, "WHAT", "d12 (gpt2:d6 to d84), gpt3:c768, gpt3:125m|7b|13b|175b, or an llm.c model.bin", "d12 unless a shape is given"),
+        option_string("init", "e", &a->init, 1, "WHAT", "d12 (gpt2:d6 to d84), gpt3:c768, gpt3:125m|7b|13b|175b; or a model: llm.c's model.bin, Hugging Face's folder of a GPT-2 or GPT-NeoX, or a checkpoint's (its weights alone)", "d12 unless a shape is given"),
         option_int("layers", NULL, &a->layers, 1, 10000, "N", "decoder layers", "by --init"),
         option_int("heads", NULL, &a->heads, 1, 1 << 16, "N", "attention heads", "by --init"),
         option_int("width", NULL, &a->width, 1, 1 << 20, "N", "channels", "by --init"),
-        option_int("vocab", NULL, &a->vocab, 1, 1 << 24, "N", "vocabulary size; required for uint32 shards", "256 for text, 50257 for uint16 shards"),
+        option_int("vocab", NULL, &a->vocab, 1, 1 << 24, "N", "vocabulary size; required for uint32 shards", "by --init; 256 for text, 50257 for uint16 shards"),
         option_choice("position", NULL, &a->position, "rope|learned", "P", "rotary or learned positions", "by --init; rope"),
-        option_yes_no("tie-embeddings", NULL, &a->tied, "the head uses the token embedding"),
+        option_yes_no("tie-embeddings", NULL, &a->tied, "the head uses the token embedding", "by --init; yes"),
         option_group("Batch and length"),
         option_int("micro-batch", "b", &a->micro_batch, 1, MAX_MICRO_BATCH, "N", "sequences of one replica in one pass"),
         option_int("seq-len", "t", &a->seq_len, 1, 1 << 20, "N", "tokens of a sequence"),
@@ -198,12 +214,32 @@ static void option_table(OptionTable* t, Args* a) {
         option_flag("staged", NULL, &a->staged, "GPUs: ranks may share a GPU and exchange through host memory"),
         option_group("Output"),
         option_string("output-dir", "o", &a->output_dir, 1, "DIR", "folder of log.jsonl"),
-        option_int("val-every", "v", &a->val_every, 0, (int64_t)1 << 40, "N", "steps between validations; 0: never"),
+        option_int("val-every", "v", &a->val_every, 0, (int64_t)1 << 40, "N", "steps between validations (--val-data, --eval-data); 0: never, but --eval-data at the end"),
         option_int("val-batches", "m", &a->val_batches, 0, (int64_t)1 << 40, "N", "micro-batches a replica in a validation, at most one pass; 0: never"),
-        option_int("sample-every", "s", &a->sample_every, 0, (int64_t)1 << 40, "N", "steps between samples of generated text (temperature 0.8); 0: never"),
+        option_int("sample-every", "s", &a->sample_every, 0, (int64_t)1 << 40, "N", "steps between samples of generated text; 0: never"),
         option_int("sample-len", "g", &a->sample_len, 1, 1 << 20, "N", "tokens of a sample"),
+        option_string("tokenizer", NULL, &a->tokenizer, 1, "FILE", "llm.c's tokenizer file, of the data's tokenizer: samples are printed as text"),
+        option_string("export-hf", NULL, &a->export_hf, 1, "DIR", "at the end the model as Hugging Face's: a GPT-2 with learned, a GPT-NeoX with rotary positions; --steps 0: only that"),
+        option_string("export-llmc", NULL, &a->export_llmc, 1, "FILE", "at the end the model as llm.c's model.bin; learned positions and a tied head only"),
+        option_choice("export-dtype", NULL, &a->export_dtype, "bf16|fp32|fp16", "F", "weights of these exports", "bf16; fp32 for recipe fp32"),
+        option_string("hf-tokenizer", NULL, &a->hf_tokenizer, 1, "DIR", "tokenizer files that go along with --export-hf", "the folder of --init, where it has some"),
         option_flag("log-tensors", NULL, &a->log_tensors, "log what FP8 did to each tensor's gradient: underflow, saturation, headroom"),
         option_flag("profile", NULL, &a->profile, "print time by operation at the end"),
+        option_group("Checkpoints and endings"),
+        option_int("checkpoint-every", "n", &a->checkpoint_every, 0, (int64_t)1 << 40, "N", "steps between checkpoints, and one at the end; 0: none but those that a signal asks for"),
+        option_int("keep", "nk", &a->keep, 0, (int64_t)1 << 40, "N", "checkpoints that stay, the newest; 0: all"),
+        option_flag("resume", "y", &a->resume, "go on from the newest checkpoint in --output-dir that is whole, with its flags where none are given; where there is none, start"),
+        option_double("checkpoint-memory", NULL, &a->checkpoint_memory, 0.0, 1e6, "GIB", "host memory of a rank for the copy that is written while training goes on; less than it takes: training waits", "half of what is free"),
+        option_double("max-minutes", NULL, &a->max_minutes, 0.0, 1e9, "F", "save and end after so long; 0: never"),
+        option_int("max-skipped", NULL, &a->max_skipped, 0, (int64_t)1 << 40, "N", "skipped steps in a row that end the run as failed; 0: never"),
+        option_double("timeout", NULL, &a->timeout, 0.0, 1e9, "SECONDS", "end all ranks when one makes no progress for so long; 0: never"),
+        option_group("Generation"),
+        option_int("generate", NULL, &a->generate, 0, 1 << 20, "N", "at the end of the run (--steps 0: at once) print N tokens; 0: none"),
+        option_string("prompt", NULL, &a->prompt, 1, "TEXT", "what they go on from: text for models of bytes, else tokens by number, '464 3290 318'", "an end of line, or of text"),
+        option_int("samples", NULL, &a->samples, 1, 1 << 20, "N", "how often, each with draws of its own"),
+        option_double("temperature", NULL, &a->temperature, 0.0, 1e6, "F", "of these and of --sample-every: below 1 likely tokens are drawn more often; 0: always the likeliest"),
+        option_int("top-k", NULL, &a->top_k, 0, 1 << 24, "N", "draw from the N likeliest tokens; 0: from all"),
+        option_double("top-p", NULL, &a->top_p, OPTION_ABOVE_0, 1.0, "F", "draw from the fewest likeliest tokens that have together a probability of F"),
         option_group("Run"),
         option_int("seed", NULL, &a->seed, 0, INT64_MAX, "N", "of initial weights, data order and samples"),
         option_choice("matmul-choice", NULL, &a->matmul_choice, "timed|library", "C", "GPUs: cuBLASLt's algorithms: the fastest, timed at the first start and kept, or the one it names first"),
@@ -326,8 +362,8 @@ struct Model {
     float* logit_statistics;     // (tp, head_rows, 3), and this rank's own behind them
     int head_rows;               // rows of logits at a time
     float* losses;               // (B, T)
-    double* loss_total;          // (1) over micro-batches
-    float* loss_mean;            // (1) over the global batch
+    LossTotal* loss_total;       // (1) over micro-batches
+    LossShare* loss_share;       // (1) of the mean over the global batch
     int *tokens, *targets;       // (B, T)
     TokenGroups groups;
     float* rotary;               // (2, T, hs/2)
@@ -580,7 +616,12 @@ static Tensor only_turned(const Model* m, Tensor x) {
     return ld > 0 && is_fp8(x.dtype) ? Tensor{NULL, x.dtype, x.slot, x.data, ld} : x;
 }
 
-// f(call, forward, backward, name) for every matmul that a run makes: training on (B, T), sampling on (1, T). `forward`, `backward`: how often a micro-batch
+// Rows of a pass over one token (see forward): FP8 units of GPUs multiply no fewer than 16
+static int token_rows(const Model* m) { return (device_is_gpu || m->matmul.imagined) && m->config.fp8 ? 16 : 1; }
+// Where ranks share a layer they share its rows, of which one token has too few
+static bool takes_single_tokens(const Model* m) { return m->config.layout.tp == 1; }
+
+// f(call, forward, backward, name) for every matmul that a run makes: training on (B, T), sampling on (1, T) and then on single tokens. `forward`, `backward`: how often a micro-batch
 // makes it in these passes
 template <class F> static void each_matmul(const Model* m, F f) {
     const GptConfig* c = &m->config;
@@ -608,6 +649,7 @@ template <class F> static void each_matmul(const Model* m, F f) {
             if (in_fp8(y.w)) { dy.turned_ld = turned_ld(m); }
             f(linear_call(m, NULL, x, y.w, y.b, rows), times, 0, "Y");
             f(linear_call(m, NULL, x, y.w, y.b, c->T), 0, 0, "Y");
+            if (takes_single_tokens(m)) { f(linear_call(m, NULL, x, y.w, y.b, token_rows(m)), 0, 0, "Y"); }
             f(linear_input_call(m, NULL, dy, y.w, rows), 0, times, "dX");
             each_weight_gradient(y.w, dy, x_again, rows, times, "dW");
         }
@@ -738,8 +780,8 @@ static void model_allocate(Model* m, Memory* memory) {
     m->logits = memory_take(memory, WORKSPACE, logit_rows * row_of_logits, act);
     m->logit_statistics = memory_take<float>(memory, WORKSPACE, logit_rows * LOGIT_STATISTICS * (tp > 1 ? tp + 1 : 1));
     m->losses = memory_take<float>(memory, WORKSPACE, rows);
-    m->loss_total = memory_take<double>(memory, WORKSPACE, 1);
-    m->loss_mean = memory_take<float>(memory, WORKSPACE, 1);
+    m->loss_total = memory_take<LossTotal>(memory, WORKSPACE, 1);
+    m->loss_share = memory_take<LossShare>(memory, WORKSPACE, 1);
     m->tokens = memory_take<int>(memory, WORKSPACE, rows);
     m->targets = memory_take<int>(memory, WORKSPACE, rows);
     m->groups.order = memory_take<int>(memory, WORKSPACE, rows);
@@ -874,9 +916,9 @@ static void model_free(Model* m, Memory* memory) {
     *m = Model{};
 }
 
-// Sets every master weight from an llm.c file, or from the seed; then the weights that the forward pass reads. Nodes may differ in their files, or in
-// libm's last bit: what several ranks hold the first of them gives.
-static void model_set_weights(Model* m, const LlmcModel* file) {
+// Sets every master weight from another program's model, or from the seed; then the weights that the forward pass reads. Nodes may differ in their files,
+// or in libm's last bit: what several ranks hold the first of them gives.
+static void model_set_weights(Model* m, const WeightSource* source) {
     const GptConfig* c = &m->config;
     Topology* t = m->topology;
     bool twin = c->tied && c->layout.pp > 1;  // first and last stage both have wte; those between pass it on
@@ -887,7 +929,9 @@ static void model_set_weights(Model* m, const LlmcModel* file) {
     if (twin && m->wte == NULL) { from_first_stage(); }
     for (int i = 0; i < m->params.count; i++) {
         Param* p = &m->params.items[i];
-        if (file != NULL) { llmc_read(values, file, p); } else { param_initialise(values, p, c->seed); }
+        bool gives = t->layout.replica == 0 && (p->tp_axis != TP_WHOLE || t->layout.tp_rank == 0);
+        if (gives && source != NULL) { source->read(values, source->file, p); }
+        else if (gives) { param_initialise(values, p, c->seed); }
         host_broadcast(&t->data, values, param_elements(p) * sizeof(float), 0);
         if (p->tp_axis == TP_WHOLE) { host_broadcast(&t->tensor, values, param_elements(p) * sizeof(float), 0); }
         if (twin && p == m->wte) { from_first_stage(); }
@@ -896,6 +940,77 @@ static void model_set_weights(Model* m, const LlmcModel* file) {
     free(values);
     optimizer_cast_weights(&m->optimizer, &m->params, m->stream);
     weights_start(&m->reduction, m->stream);
+}
+
+static Watchdog watchdog;  // of this process; every pass over the model tells it that the run gets on
+
+// ---- the whole model, tensor by tensor ----
+
+static ModelShape shape_of(const GptConfig* c) { return ModelShape{c->layers, c->heads, c->width, c->vocab, c->positions, c->rope, c->tied, -1, -1}; }
+
+// values (param_elements) = this rank's share of the master of one parameter, of which its replicas may keep parts. All replicas call this together, and all
+// may not have it afterwards: the first has.
+static void gather_parts(Model* m, float* values, const Param* p) {
+    Group* data = &m->topology->data;
+    struct Stretch { uint64_t first, count; } mine = {p->own_first, p->own_count};
+    std::vector<Stretch> all((size_t)data->size);
+    host_all_gather(data, all.data(), &mine, sizeof(mine));
+    bool first_has_all = all[0].count == param_elements(p);
+    if (!first_has_all || data->rank == 0) { optimizer_get_master(values + mine.first, p, m->stream); }
+    if (first_has_all) { return; }
+    for (int r = 0; r < data->size; r++) { host_broadcast(data, values + all[(size_t)r].first, all[(size_t)r].count * sizeof(float), r); }
+}
+
+struct WholeBuffers {      // room for any tensor of the whole model, with the vocabulary's padding, and for shares of it
+    std::vector<float> whole, share, other;
+};
+
+static WholeBuffers whole_buffers(const Model* m) {
+    WholeBuffers b;
+    size_t share = 0, whole = 0;
+    ModelShape shape = shape_of(&m->config);
+    for (int i = 0; i < m->params.count; i++) {
+        const Param* p = &m->params.items[i];
+        share = max_of(share, param_elements(p));
+        whole = max_of(whole, whole_count(p));
+    }
+    const RankLayout* y = &m->config.layout;
+    bool has_whole = y->replica == 0 && (y->tp_rank == 0 || y->tp > 1);
+    each_whole_tensor(&shape, [&](const WholeTensor& t) { whole = max_of(whole, (size_t)(t.rows * t.cols)); });  // other stages' too
+    b.share.resize(share);
+    b.whole.resize(has_whole ? whole : 0);
+    b.other.resize(has_whole && y->tp > 1 ? share : 0);
+    return b;
+}
+
+// b->whole (rows, cols) = one tensor of the whole model in float32, on rank 0: from its stage, all shares of its layer's ranks and all parts of their replicas.
+// All ranks call this together for the same tensor; what others than rank 0 have afterwards is of no use.
+static void gather_whole(Model* m, WholeBuffers* b, const WholeTensor* t) {
+    watchdog.progress++;
+    const RankLayout* y = &m->config.layout;
+    Topology* topology = m->topology;
+    int stage = t->layer < 0 ? 0 : t->layer == m->config.layers ? y->pp - 1 : t->layer / stage_layers(&m->config);
+    if (stage == y->stage) {
+        const Param* p = param_find(&m->params, t->name);
+        if (p == NULL) { die("the model has no tensor '%s' to export", t->name); }
+        gather_parts(m, b->share.data(), p);
+        if (y->replica != 0) { return; }
+        size_t n = param_elements(p);
+        if (p->tp_axis == TP_WHOLE || y->tp == 1) {
+            if (y->tp_rank == 0) { memcpy(b->whole.data(), b->share.data(), n * sizeof(float)); }
+        } else {
+            for (int r = 0; r < y->tp; r++) {
+                float* values = r == y->tp_rank ? b->share.data() : b->other.data();
+                host_broadcast(&topology->tensor, values, n * sizeof(float), r);
+                Param theirs = *p;
+                theirs.tp_rank = r;
+                ElementMap whole = whole_elements(&theirs);
+#pragma omp parallel for schedule(static)
+                for (size_t i = 0; i < n; i++) { b->whole[whole(i)] = values[i]; }
+            }
+        }
+    }
+    if (stage != 0 && y->replica == 0 && y->tp_rank == 0) { host_broadcast(&topology->pipe, b->whole.data(), (size_t)(t->rows * t->cols) * sizeof(float), stage); }
 }
 
 // ---- between ranks ----
@@ -912,13 +1027,13 @@ static void own_rows(Model* m, void* out, void* whole, bool fp8, int own, CommOp
     rows_sum(&m->rows, out, whole, m->config.act, fp8, own, m->config.width, purpose, m->stream);
 }
 
-// Between two passes: what the last one has made, of (B, T), goes to its neighbour while what the next one needs comes in. A stage's output is in narrow,
+// Between two passes: what the last one has made, of `own` rows, goes to its neighbour while what the next one needs comes in. A stage's output is in narrow,
 // the gradient of its input in dresidual.
-static void exchange_stages(Model* m, ScheduleExchange e, int B, int next_index) {
+static void exchange_stages(Model* m, ScheduleExchange e, int own, int next_index) {
     const GptConfig* c = &m->config;
     if (e.to < 0 && e.from < 0) { return; }
     int stage = c->layout.stage;
-    size_t bytes = (size_t)own_rows_of(c, B) * (size_t)c->width * (size_t)dtype_bytes(c->act);
+    size_t row = (size_t)c->width * (size_t)dtype_bytes(c->act), bytes = round_up((size_t)own * row, transfer_unit((size_t)own_rows_of(c, 1) * row));
     Layer* next = m->kept + (size_t)(next_index % c->in_flight) * (size_t)stage_layers(c);
     stage_exchange(&m->stages, e.from > stage ? m->stage_in : next->residual, e.from, e.to > stage ? m->narrow : m->dresidual, e.to, bytes, m->stream);
 }
@@ -977,10 +1092,15 @@ static Tensor matmul_input(Model* m, Tensor out, float* partial, void* x, Quanti
     return out;
 }
 
-// From m->tokens (B, T), or the stage before, to the final LayerNorm's output in m->narrow (B, T, C), or this stage's (own, C)
-static void forward(Model* m, int B, Purpose purpose) {
+constexpr int ALL_POSITIONS = -1;
+
+// From m->tokens (B, T), or the stage before, to the final LayerNorm's output in m->narrow (B, T, C), or this stage's (own, C). With a `position` it is one
+// token that goes through, at that place of the sequence that m->layers have kept the keys and values of, and its own come to them: token_rows copies of it,
+// of which the first counts (copies, so that amaxes are the token's).
+static void forward(Model* m, int B, Purpose purpose, int position = ALL_POSITIONS) {
     const GptConfig* c = &m->config;
-    int C = c->width, inner = own_width(c), rows = B * c->T, own = own_rows_of(c, B);
+    bool single = position != ALL_POSITIONS;
+    int C = c->width, inner = own_width(c), rows = single ? token_rows(m) : B * c->T, own = single ? rows : own_rows_of(c, B);
     Stream s = m->stream;
     void* x = m->layers[0].residual;
     weights_wait(&m->reduction, -1, s);
@@ -990,8 +1110,9 @@ static void forward(Model* m, int B, Purpose purpose) {
         void* out = c->layout.tp > 1 ? m->delta : x;  // each rank's tokens, to be added up
         with_type(c->act, [&](auto t) {
             typedef typename decltype(t)::type T;
-            run_rows(EmbeddingForward<T>{(T*)out, m->tokens, (const T*)m->wte->weight, (const T*)(c->rope ? NULL : m->wpe->weight), first_token_of(m->wte),
-                                         (int)m->wte->rows, c->T, C}, rows, s);
+            const T* positions = c->rope ? NULL : (const T*)m->wpe->weight + (single ? (size_t)position * (size_t)C : 0);
+            run_rows(EmbeddingForward<T>{(T*)out, m->tokens, (const T*)m->wte->weight, positions, first_token_of(m->wte), (int)m->wte->rows, single ? 1 : c->T, C},
+                     rows, s);
         });
         own_rows(m, x, out, false, own, TP_OTHER);
     }
@@ -1000,9 +1121,10 @@ static void forward(Model* m, int B, Purpose purpose) {
         Layer* y = &m->layers[l];
         weights_wait(&m->reduction, first_layer(c) + l, s);
         layernorm_forward(y->x_qkv, layernorm_1(y, x, delta), c->act, site_of(m, l, X_QKV, purpose), m->wide, own, C, s);
-        linear_forward(m, y->qkv, all_rows(m, y->x_qkv, m->narrow, own, C, TP_X), y->qkvw, y->qkvb, rows);
+        linear_forward(m, single ? m->wide : y->qkv, all_rows(m, y->x_qkv, m->narrow, own, C, TP_X), y->qkvw, y->qkvb, rows);
         void* out = y->attention != NULL ? y->attention : m->narrow;
-        attention_forward(&m->attention, &m->matmul, out, y->lse, y->qkv, B, s);
+        if (single) { attention_of_token(&m->attention, out, y->qkv, m->wide, position, rows, s); }
+        else { attention_forward(&m->attention, &m->matmul, out, y->lse, y->qkv, B, s); }
         if (in_fp8(y->projw)) { matmul_input(m, y->x_proj, NULL, out, site_of(m, l, X_PROJ, purpose), rows, inner, true); }
         linear_forward(m, m->delta, y->x_proj, y->projw, bias_once(m, y->projb), rows);
         own_rows(m, m->delta, m->delta, false, own, TP_Y);
@@ -1056,7 +1178,7 @@ static void head_loss(Model* m, int B, bool backward, float weight) {
         weight_gradient(m, w, z, x, n, first > 0, chunk);
     }
     if (backward) { own_rows(m, m->delta, m->delta, false, own_rows_of(c, B), TP_OTHER); }
-    run_rows(AddLosses{m->loss_total, m->losses, rows}, 1, m->stream);
+    run_rows(AddLosses{m->loss_total, m->losses, m->targets, rows}, 1, m->stream);
 }
 
 // ---- backward ----
@@ -1190,12 +1312,13 @@ static void upload_groups(Model* m, HostBatch* b) {
 
 // ---- a training step ----
 
-struct FinishLoss {  // mean = total · weight
-    float* mean;
-    const double* total;
+struct FinishLoss {  // mean = total · weight, rounded to a float
+    LossShare* share;
+    const LossTotal* total;
     double weight;   // 0 on ranks that have no part in the loss, or another's
     template <class Team> DEVICE void operator()(Team team, int) const {
-        if (team.leads()) { *mean = weight != 0.0 ? (float)(*total * weight) : 0.0f; }
+        if (!team.leads()) { return; }
+        *share = weight != 0.0 ? LossShare{(double)(float)(total->loss * weight), total->counted} : LossShare{0.0, 0.0};
     }
 };
 
@@ -1211,7 +1334,7 @@ static bool tells_loss(const GptConfig* c) { return is_last_stage(c) && c->layou
 static void step_begin(Model* m) {
     m->first_micro_step = m->micro_steps;
     event_record(m->steps[m->step % 2].began, m->stream);
-    device_zero(m->loss_total, sizeof(double), m->stream);
+    device_zero(m->loss_total, sizeof(LossTotal), m->stream);
     reduction_step(&m->reduction);
 }
 
@@ -1275,7 +1398,7 @@ template <class Fill> static void run_micro_batches(Model* m, HostBatch* batches
     step_begin(m);
     for (int64_t i = 0; i <= schedule_steps(K); i++) {
         ScheduleStep step = i < schedule_steps(K) ? schedule_step(stages, stage, K, i) : ScheduleStep{};
-        exchange_stages(m, schedule_exchange(stages, stage, K, i), c->B, step.micro_batch);
+        exchange_stages(m, schedule_exchange(stages, stage, K, i), own_rows_of(c, c->B), step.micro_batch);
         if (i == schedule_steps(K)) { break; }
         bool last = step.micro_batch == K - 1;
         HostBatch* batch = &batches[(m->first_micro_step + step.micro_batch) % host_batches(c)];
@@ -1307,12 +1430,15 @@ static void add_tied_gradient(Model* m) {
     }
 }
 
-// After the last micro-batch: the gradients are reduced, the optimizer decides and steps. Its record arrives by itself.
-static void finish_step(Model* m, const StepSettings* settings, float weight) {
+// What a token weighs in the mean over a global batch of so many. Tokens that do not count, which only the device knows, are allowed for by the optimizer.
+static float token_weight(int64_t global_batch) { return (float)(1.0 / (double)global_batch); }
+
+// After the last micro-batch of a global batch of so many tokens: the gradients are reduced, the optimizer decides and steps. Its record arrives by itself.
+static void finish_step(Model* m, const StepSettings* settings, int64_t global_batch) {
     Reduction* r = &m->reduction;
     Topology* t = m->topology;
     add_tied_gradient(m);
-    run_rows(FinishLoss{m->loss_mean, m->loss_total, tells_loss(&m->config) ? (double)weight : 0.0}, 1, m->stream);
+    run_rows(FinishLoss{m->loss_share, m->loss_total, tells_loss(&m->config) ? (double)token_weight(global_batch) : 0.0}, 1, m->stream);
     {
         ProfileScope scope("gradient reduction");
         reduction_finish(r, m->stream);
@@ -1323,7 +1449,7 @@ static void finish_step(Model* m, const StepSettings* settings, float weight) {
             all_reduce_max(&t->data, (float*)m->sites.amax, sites, m->stream);
         }
     }
-    optimizer_decide(&m->optimizer, &m->params, r->slots, m->loss_mean, settings->rules, m->stream);
+    optimizer_decide(&m->optimizer, &m->params, r->slots, m->loss_share, global_batch, settings->rules, m->stream);
     reduction_adapt(r, m->optimizer.tops, &m->optimizer.state->apply, m->stream);
     optimizer_update(&m->optimizer, &m->params, settings->rates, settings->weight_decay, m->stream);
     weights_start(r, m->stream);
@@ -1351,22 +1477,23 @@ static double step_seconds(Model* m, bool after) {
 
 // ---- evaluation and sampling ----
 
-// A forward pass of (B, T) without a backward one, through all stages
-static void relay_forward(Model* m, int B) {
-    int stage = m->config.layout.stage;
-    exchange_stages(m, ScheduleExchange{-1, stage - 1}, B, 0);
+// A forward pass of (B, T), or of a token at `position`, without a backward one, through all stages
+static void relay_forward(Model* m, int B, int position = ALL_POSITIONS) {
+    watchdog.progress++;
+    int stage = m->config.layout.stage, own = position != ALL_POSITIONS ? token_rows(m) : own_rows_of(&m->config, B);
+    exchange_stages(m, ScheduleExchange{-1, stage - 1}, own, 0);
     select_micro_batch(m, 0);
-    forward(m, B, INFER);
-    exchange_stages(m, ScheduleExchange{is_last_stage(&m->config) ? -1 : stage + 1, -1}, B, 0);
+    forward(m, B, INFER, position);
+    exchange_stages(m, ScheduleExchange{is_last_stage(&m->config) ? -1 : stage + 1, -1}, own, 0);
 }
 
-// Mean loss over up to `batches` micro-batches of each replica
+// Mean loss over the tokens that count of up to `batches` micro-batches of each replica
 static double evaluate(Model* m, DataLoader* loader, HostBatch* batch, int64_t batches) {
     Topology* t = m->topology;
     loader_rewind(loader);
     int64_t per_call = (int64_t)m->config.B * t->data.size;
     batches = max_of((int64_t)1, min_of(batches, loader_windows(loader) / per_call));
-    device_zero(m->loss_total, sizeof(double), m->stream);
+    device_zero(m->loss_total, sizeof(LossTotal), m->stream);
     for (int64_t i = 0; i < batches; i++) {
         event_wait(batch->copied);
         loader_next(loader, batch->tokens, batch->targets);
@@ -1374,27 +1501,46 @@ static double evaluate(Model* m, DataLoader* loader, HostBatch* batch, int64_t b
         relay_forward(m, m->config.B);
         if (is_last_stage(&m->config)) { head_loss(m, m->config.B, false, 0.0f); }
     }
-    double total;
+    LossTotal total;
     copy_to_host(&total, m->loss_total, sizeof(total), m->stream);
-    if (!tells_loss(&m->config)) { total = 0.0; }
-    host_all_reduce_sum(&t->world, &total, 1);
-    return total / ((double)batches * rows_of(m) * t->data.size);
-}
-
-// Draws from softmax(logits / temperature)
-static int sample_token(const float* logits, int vocab, float temperature, double coin) {
-    double total = 0.0, sum = 0.0;
-    float top = logits[0];
-    for (int i = 1; i < vocab; i++) { top = max_of(top, logits[i]); }
-    for (int i = 0; i < vocab; i++) { total += exp((double)(logits[i] - top) / temperature); }
-    for (int i = 0; i < vocab; i++) {
-        sum += exp((double)(logits[i] - top) / temperature) / total;
-        if (coin < sum) { return i; }
+    double sums[] = {tells_loss(&m->config) ? total.loss : 0.0, tells_loss(&m->config) ? total.counted : 0.0};
+    host_all_reduce_sum(&t->world, sums, 2);
+    if (sums[1] == 0.0) {
+        bad_input("%s: '%s' has no token that counts in the loss in its %" PRId64 " windows for validation; allowed: one at least", loader->config.flag,
+                  loader->config.spec, batches * per_call);
     }
-    return vocab - 1;
+    return sums[0] / sums[1];
 }
 
-constexpr float SAMPLE_TEMPERATURE = 0.8f;
+// How many examples of a multiple-choice file the model gets right. Replicas divide the examples, and make as many passes as the one that has most.
+static ChoiceCounts evaluate_choices(Model* m, const ChoiceSet* set, HostBatch* batch) {
+    Topology* t = m->topology;
+    int B = m->config.B, T = m->config.T;
+    int64_t first, last, batches = ceil_div(choices_most(set, t->data.size), (int64_t)B);
+    choices_share(&first, &last, set, t->data.rank, t->data.size);
+    std::vector<double> sums((size_t)(last - first), 0.0);
+    std::vector<float> losses((size_t)rows_of(m));
+    std::vector<int> from((size_t)B), to((size_t)B);
+    for (int64_t i = 0; i < batches; i++) {
+        int64_t begin = first + i * B, used = max_of(min_of(last - begin, (int64_t)B), (int64_t)0);
+        event_wait(batch->copied);
+        memset(batch->tokens, 0, (size_t)rows_of(m) * sizeof(int32_t));
+        memset(batch->targets, 0, (size_t)rows_of(m) * sizeof(int32_t));
+        for (int64_t b = 0; b < used; b++) { choices_sequence(batch->tokens + b * T, batch->targets + b * T, &from[(size_t)b], &to[(size_t)b], set, begin + b, T); }
+        upload_batch(m, batch);
+        relay_forward(m, B);
+        if (!is_last_stage(&m->config)) { continue; }
+        head_loss(m, B, false, 0.0f);
+        copy_to_host(losses.data(), m->losses, losses.size() * sizeof(float), m->stream);
+        for (int64_t b = 0; b < used; b++) {
+            for (int k = from[(size_t)b]; k < to[(size_t)b]; k++) { sums[(size_t)(begin + b - first)] += (double)losses[(size_t)(b * T + k)]; }
+        }
+    }
+    ChoiceCounts mine = tells_loss(&m->config) ? choices_count(set, sums.data(), first, last) : ChoiceCounts{0, 0};
+    double counts[2] = {(double)mine.by_sum, (double)mine.by_mean};
+    host_all_reduce_sum(&t->world, counts, 2);
+    return ChoiceCounts{(int64_t)counts[0], (int64_t)counts[1]};
+}
 
 // The logits of row `row` of m->narrow as floats on the host, of all ranks' parts of the vocabulary: on the last stage. `raw`: (padded_vocab) of workspace
 static void read_logits(Model* m, float* logits, float* raw, int row) {
@@ -1414,21 +1560,37 @@ static void read_logits(Model* m, float* logits, float* raw, int row) {
     host_all_gather(&m->topology->tensor, logits, raw, (size_t)part * sizeof(float));
 }
 
-// Continues tokens[0] to `length` tokens; beyond T the window slides. All ranks of a pipeline together.
-static void generate(Model* m, int* tokens, int length, uint64_t seed) {
+struct Generation {
+    Sampling sampling;
+    uint64_t seed;
+    bool keep = true;  // keys and values of what has been read, where that is possible; else the window is read again for every token
+};
+
+// Continues the `given` tokens to `length`. One pass reads those that are given and keeps their keys and values (a layer's qkv); then each new token is a pass over
+// itself alone. Beyond T tokens the window slides, all positions change, and it is read again for every token, as it is where ranks share layers. All ranks of
+// a pipeline together.
+static void generate(Model* m, int* tokens, int given, int length, const Generation* g) {
     const GptConfig* c = &m->config;
-    int T = c->T, *window = (int*)host_alloc((size_t)T * sizeof(int));
+    bool keep = g->keep && takes_single_tokens(m);
+    int T = c->T, upload = max_of(T, token_rows(m)), *window = (int*)host_alloc((size_t)upload * sizeof(int));
     float *raw = (float*)host_alloc((size_t)c->padded_vocab * sizeof(float)), *logits = (float*)host_alloc((size_t)c->padded_vocab * sizeof(float));
-    RandomKey key = random_key(seed, 1, 0);
-    for (int n = 1; n < length; n++) {
+    RandomKey key = random_key(g->seed, 1, 0);
+    for (int n = given; n < length; n++) {
+        bool single = keep && n > given && n <= T;
         int first = max_of(0, n - T), used = n - first;
-        memset(window, 0, (size_t)T * sizeof(int));
-        memcpy(window, tokens + first, (size_t)used * sizeof(int));
-        copy_to_device(m->tokens, window, (size_t)T * sizeof(int), m->stream);
-        relay_forward(m, 1);
+        if (single) { std::fill(window, window + token_rows(m), tokens[n - 1]); }
+        else {
+            memset(window, 0, (size_t)T * sizeof(int));
+            memcpy(window, tokens + first, (size_t)used * sizeof(int));
+        }
+        copy_to_device(m->tokens, window, (size_t)(single ? token_rows(m) : T) * sizeof(int), m->stream);
+        relay_forward(m, 1, single ? n - 1 : ALL_POSITIONS);
+        if (keep && !single && n < T && n + 1 < length) {
+            for (int l = 0; l < stage_layers(c); l++) { attention_keep(&m->attention, m->layers[l].qkv, m->stream); }
+        }
         if (is_last_stage(c)) {
-            read_logits(m, logits, raw, used - 1);
-            tokens[n] = sample_token(logits, c->vocab, SAMPLE_TEMPERATURE, random_bits(key, (uint64_t)n) * (1.0 / 4294967296.0));
+            read_logits(m, logits, raw, single ? 0 : used - 1);
+            tokens[n] = sample_token(logits, c->vocab, &g->sampling, random_bits(key, (uint64_t)n) * (1.0 / 4294967296.0));
         }
         host_broadcast(&m->topology->pipe, &tokens[n], sizeof(int), c->layout.pp - 1);
     }
@@ -1437,7 +1599,154 @@ static void generate(Model* m, int* tokens, int length, uint64_t seed) {
     free(logits);
 }
 
+// ---- checkpoints ----
+
+// f(kind, format, data, slot, exponents) for what a checkpoint holds of a parameter: what this rank keeps of it
+template <class F> static void each_state(const Param* p, F f) {
+    f("weight", p->dtype, own_weight(p), p->slot, (int8_t*)NULL);
+    const struct { const char* kind; const OptimizerTensor* of; } states[] = {{"master", &p->master}, {"m", &p->m}, {"v", &p->v}};
+    for (auto& s : states) {
+        if (s.of == &p->master && master_is_weight(p)) { continue; }
+        f(s.kind, s.of->dtype, s.of->data, s.of->slot, s.of->exponents);
+    }
+}
+
+// Does this rank write what it keeps of the i-th parameter? Of ranks that hold the same values one does: replicas that keep everything take turns
+static bool writes(const Model* m, int i) {
+    const Param* p = &m->params.items[i];
+    const Group* data = &m->topology->data;
+    return p->counted && p->own_count > 0 && (m->optimizer.partitioned || i % data->size == data->rank);
+}
+
+// Does the headroom of the gradients' sums change from step to step? Elsewhere it follows from the number of replicas
+static bool keeps_mu(const Model* m) {
+    const ReductionConfig* c = &m->config.reduction;
+    return sends_fp8(&m->reduction) && c->algorithm == REDUCE_RING && c->scaling == SCALING_AUTO;
+}
+
+static std::string layer_text(const Model* m, int l, const char* what) { return "h" + std::to_string(first_layer(&m->config) + l) + ".sites." + what; }
+
+// What this rank writes into its file
+static CheckpointShare checkpoint_share(const Model* m) {
+    CheckpointShare share;
+    for (int i = 0; i < m->params.count; i++) {
+        const Param* p = &m->params.items[i];
+        if (!writes(m, i)) { continue; }
+        share.places.push_back({p->name, place_text(Place{(int64_t)p->own_first, (int64_t)p->own_count, whole_elements(p)})});
+        each_state(p, [&](const char* kind, DType dtype, void* data, const float* slot, const int8_t* exponents) {
+            share_add_state(&share, p, kind, dtype, data, slot, exponents);
+        });
+        if (keeps_mu(m) && p->own_first == 0) { share_add(&share, std::string(p->name) + ".mu", SAFE_FP32, {1}, m->reduction.mu + i); }
+    }
+    const RankLayout* y = &m->config.layout;
+    for (int l = 0; y->replica == 0 && y->tp_rank == 0 && m->sites.count > 0 && l < stage_layers(&m->config); l++) {
+        size_t first = (size_t)l * SITES_PER_LAYER;
+        share_add(&share, layer_text(m, l, "history"), SAFE_FP32, {SITES_PER_LAYER, AMAX_WINDOW}, m->sites.history + first * AMAX_WINDOW);
+        share_add(&share, layer_text(m, l, "slots"), SAFE_FP32, {SITES_PER_LAYER, 4}, m->sites.slots + first * 4);
+    }
+    return share;
+}
+
+// The states of a checkpoint of this model, from any number of ranks, of which `replicas` were replicas of each other. Returns how many blocks of states had to be rounded again
+static int64_t load_states(Model* m, CheckpointReader* reader, int64_t replicas) {
+    Stream s = m->stream;
+    int64_t rounded = 0;
+    weights_finish(&m->reduction, s);  // none of another state is on its way
+    auto check = [](const std::string& wrong) { if (!wrong.empty()) { die("--resume: the checkpoint cannot be used: %s", wrong.c_str()); } };
+    auto read = [&](void* d, const std::string& name, size_t n) {
+        std::vector<char> bytes;
+        check(reader_bytes(&bytes, reader, name, -1, SAFE_FP32));
+        if (bytes.size() != n * sizeof(float)) { check(name + " has another size"); }
+        copy_to_device(d, bytes.data(), bytes.size(), s);
+        stream_sync(s);
+    };
+    for (int i = 0; i < m->params.count; i++) {
+        const Param* p = &m->params.items[i];
+        each_state(p, [&](const char* kind, DType dtype, void* data, float* slot, int8_t* exponents) {
+            StateBytes x;
+            check(reader_state(&x, reader, p, kind, dtype, (int64_t)p->own_first, (int64_t)p->own_count, slot != NULL, exponents != NULL));
+            copy_to_device(data, x.codes.data(), x.codes.size(), s);
+            if (slot != NULL) { copy_to_device(slot, x.slot, sizeof(x.slot), s); }
+            if (exponents != NULL) { copy_to_device(exponents, x.exponents.data(), x.exponents.size(), s); }
+            stream_sync(s);
+            rounded += x.rounded;
+        });
+        std::string mu = std::string(p->name) + ".mu";
+        // of another number of replicas it begins anew: it is the headroom that so many need
+        if (keeps_mu(m) && replicas == m->topology->data.size && reader->tensors.count(mu) > 0) { read(m->reduction.mu + i, mu, 1); }
+    }
+    for (int l = 0; m->sites.count > 0 && l < stage_layers(&m->config); l++) {
+        size_t first = (size_t)l * SITES_PER_LAYER;
+        read(m->sites.history + first * AMAX_WINDOW, layer_text(m, l, "history"), SITES_PER_LAYER * AMAX_WINDOW);
+        read(m->sites.slots + first * 4, layer_text(m, l, "slots"), SITES_PER_LAYER * 4);
+    }
+    weights_start(&m->reduction, s);
+    return rounded;
+}
+
+static void add_int(json_object* o, const char* name, int64_t v) { json_object_object_add(o, name, json_object_new_int64(v)); }
+static void add_double(json_object* o, const char* name, double v) { json_object_object_add(o, name, json_object_new_double(v)); }
+static void add_string(json_object* o, const char* name, const char* v) { json_object_object_add(o, name, json_object_new_string(v)); }
+
+static json_object* window_json(const OutlierWindow* w) {
+    json_object *o = json_object_new_object(), *values = json_object_new_array();
+    add_int(o, "next", w->next);
+    for (int i = 0; i < w->count; i++) { json_object_array_add(values, json_object_new_double(w->values[i])); }
+    json_object_object_add(o, "values", values);
+    return o;
+}
+
+// What of a model's state is a number here or there
+static json_object* counters_json(Model* m) {
+    OptimizerState state;
+    copy_to_host(&state, m->optimizer.state, sizeof(state), m->stream);
+    json_object* o = json_object_new_object();
+    add_int(o, "updates", m->optimizer.updates);
+    add_int(o, "applied", state.record.applied);
+    add_double(o, "beta1_power", state.beta1_power);
+    add_double(o, "beta2_power", state.beta2_power);
+    add_int(o, "micro_batches", m->micro_steps * m->topology->data.size);  // of all replicas: what random bits depend on
+    add_int(o, "steps_recorded", m->steps_recorded);
+    add_int(o, "replicas", m->topology->data.size);
+    json_object_object_add(o, "losses", window_json(&state.losses));
+    json_object_object_add(o, "norms", window_json(&state.norms));
+    return o;
+}
+
+// A number or an object of an object, which must be there
+static json_object* json_member(json_object* o, const char* name) {
+    json_object* value = NULL;
+    if (!json_object_object_get_ex(o, name, &value)) { die("--resume: the checkpoint's config.json lacks \"%s\"", name); }
+    return value;
+}
+static int64_t json_int(json_object* o, const char* name) { return json_object_get_int64(json_member(o, name)); }
+
+static void window_restore(OutlierWindow* w, json_object* o) {
+    json_object* values = json_member(o, "values");
+    w->count = (int)min_of(json_object_array_length(values), (size_t)OUTLIER_WINDOW);
+    w->next = (int)(json_int(o, "next") % OUTLIER_WINDOW);
+    for (int i = 0; i < w->count; i++) { w->values[i] = json_object_get_double(json_object_array_get_idx(values, (size_t)i)); }
+}
+
+static void counters_restore(Model* m, json_object* o) {
+    OptimizerState state;
+    copy_to_host(&state, m->optimizer.state, sizeof(state), m->stream);
+    m->optimizer.updates = json_int(o, "updates");
+    state.record.applied = json_int(o, "applied");
+    state.beta1_power = json_object_get_double(json_member(o, "beta1_power"));
+    state.beta2_power = json_object_get_double(json_member(o, "beta2_power"));
+    window_restore(&state.losses, json_member(o, "losses"));
+    window_restore(&state.norms, json_member(o, "norms"));
+    m->micro_steps = ceil_div(json_int(o, "micro_batches"), (int64_t)m->topology->data.size);
+    m->steps_recorded = (int)json_int(o, "steps_recorded");
+    copy_to_device(m->optimizer.state, &state, sizeof(state), m->stream);
+    stream_sync(m->stream);
+}
+
 // ---- the run ----
+
+static const char* const CHECKPOINT_FORMAT = "train_gpt_fp8 checkpoint";
+constexpr int CHECKPOINT_VERSION = 1;
 
 constexpr int64_t NOT_FINITE_FAILS = 10;  // a run that ends on so many skipped steps has failed
 
@@ -1448,9 +1757,15 @@ struct Run {
     Topology topology;           // of a plan without the means to exchange
     bool on_gpu;                 // what runs, or is planned
     GptConfig config;
-    LlmcModel file;
-    bool has_file, has_val;
+    WeightSource source;         // of the initial weights
+    bool has_source, has_train, has_val;
+    LoaderKind tokens;           // of the data, or without any what the vocabulary suggests
     DataLoader train, val;
+    uint64_t fingerprint;        // of the training data
+    std::vector<ChoiceSet> evals;
+    Tokenizer tokenizer;
+    bool has_tokenizer;
+    std::vector<int> prompt;     // tokens
     Memory memory;
     size_t fullest[MEMORY_CATEGORIES], emptiest[MEMORY_CATEGORIES];  // bytes of the ranks that take most and least
     Model model;
@@ -1462,7 +1777,18 @@ struct Run {
     int64_t steps, warmup;
     int64_t parameters;          // of the whole model
     int64_t skipped, not_finite;  // steps so far; those of them for a loss or gradient that was not finite
-    int64_t not_finite_in_a_row;  // up to now
+    int64_t not_finite_in_a_row, skipped_in_a_row;  // up to now
+    int64_t first_step;          // those that a checkpoint has brought
+    bool all_damaged;            // there are checkpoints, and none is whole
+    json_object* resumed;        // its config.json; NULL: the run begins
+    std::string resumed_from;    // its folder
+    std::vector<Checksum> resumed_files;
+    std::string resumed_choices;
+    Checkpoints checkpoints;
+    double began;                // wall_seconds of the process
+    bool ends;                   // after the save that is under way
+    bool failed;                 // the last save did
+    std::string command;         // what was typed
     double flops_per_token, peak_flops;
     const char* peak_name;
     int shapes, shapes_timed, shapes_not_first;  // of matmuls with a choice of algorithms; timed at this start; that do not take the library's first
@@ -1488,6 +1814,7 @@ static void resolve_topology(Run* r) {
         bad_input("--gpu: none is the CPU, and what its matmuls need only the CPU build knows; allowed here: h100, h200, b200, a100, l40s");
     }
     if (a->kernels && a->gpu == GPU_NONE) { bad_input("--kernels: what kernels take is known of GPUs only; give --gpu with one of h100, h200, b200, a100, l40s"); }
+    if (a->resume) { bad_input("--resume goes on with a run, and --plan runs nothing; leave one of them out"); }
     int64_t model = a->tp * a->pp;
     set_default(o, &a->world, max_of((int64_t)launched_processes(), model));
     if (a->world % model != 0) {
@@ -1507,8 +1834,8 @@ static void join_topology(Run* r) {
     const Args* a = &r->args;
     int64_t model = a->tp * a->pp;
     if (r->world.size % model != 0) {
-        bad_input("--tp %" PRId64 " × --pp %" PRId64 " need a multiple of %" PRId64 " ranks, and there %s %d; start as many with mpirun -np", a->tp, a->pp, model,
-            r->world.size == 1 ? "is" : "are", r->world.size);
+        bad_input("--tp %" PRId64 " × --pp %" PRId64 " need a multiple of %" PRId64 " ranks, and there %s %d; start as many with mpirun -np%s", a->tp, a->pp, model,
+            r->world.size == 1 ? "is" : "are", r->world.size, r->resumed != NULL ? ", or give other --tp and --pp than the checkpoint has" : "");
     }
     topology_split(&r->topology, (int)a->tp, (int)a->pp);
 }
@@ -1619,24 +1946,32 @@ static void resolve_model(Run* r) {
     } else if (init != NULL) {
         if (!is_file(init)) {
             bad_input("--init: %s is neither a preset (d12, gpt2:d6 to gpt2:d84, gpt3:c384 to gpt3:c12288, gpt3:125m, gpt3:7b, gpt3:13b, gpt3:175b) nor "
-                "a file", quoted(init).text);
+                "a file or folder", quoted(init).text);
         }
-        r->file = llmc_open("--init", init);
-        r->has_file = true;
+        r->source = is_checkpoint(init) ? checkpoint_source("--init", init, a->plan ? NULL : &r->topology.world)
+                  : is_folder(init) ? hf_source("--init", init) : llmc_source("--init", init);
+        r->has_source = true;
+        const ModelShape* shape = &r->source.shape;
         struct { const char* flag; int64_t* value; int64_t in_file; } fixed[] = {
-            {"--layers", &a->layers, r->file.layers}, {"--heads", &a->heads, r->file.heads}, {"--width", &a->width, r->file.width},
-            {"--vocab", &a->vocab, r->file.vocab}};
+            {"--layers", &a->layers, shape->layers}, {"--heads", &a->heads, shape->heads}, {"--width", &a->width, shape->width},
+            {"--vocab", &a->vocab, shape->vocab}};
         for (auto& f : fixed) {
             if (option_given(o, f.value) && *f.value != f.in_file) {
                 bad_input("%s: %" PRId64 " was asked for, and '%s' has %" PRId64 "; leave the flag out", f.flag, *f.value, init, f.in_file);
             }
             *f.value = f.in_file;
         }
-        if (option_given(o, &a->position) && a->position != POSITION_LEARNED) { bad_input("--position: '%s' has learned positions, not rope", init); }
-        if (!a->tied) { bad_input("--tie-embeddings: '%s' has a tied head, not no", init); }
-        a->position = POSITION_LEARNED;
-        if (a->seq_len > r->file.positions) {
-            bad_input("--seq-len: %" PRId64 " is longer than the %d positions of '%s'", a->seq_len, r->file.positions, init);
+        Position position = shape->rope ? POSITION_ROPE : POSITION_LEARNED;
+        if (option_given(o, &a->position) && a->position != position) {
+            bad_input("--position: '%s' has %s positions, not %s", init, shape->rope ? "rotary" : "learned", shape->rope ? "learned" : "rope");
+        }
+        if (option_given(o, &a->tied) && a->tied != shape->tied) {
+            bad_input("--tie-embeddings: '%s' has a %s, not %s", init, shape->tied ? "tied head" : "head of its own", shape->tied ? "no" : "yes");
+        }
+        a->position = position;
+        a->tied = shape->tied;
+        if (!shape->rope && a->seq_len > shape->positions) {
+            bad_input("--seq-len: %" PRId64 " is longer than the %d positions of '%s'", a->seq_len, shape->positions, init);
         }
     }
     if (a->layers == 0 || a->heads == 0 || a->width == 0) {
@@ -1695,7 +2030,7 @@ static void resolve_model(Run* r) {
     c->tied = a->tied;
     c->T = (int)a->seq_len;
     c->B = (int)a->micro_batch;
-    c->positions = r->has_file ? r->file.positions : c->T;
+    c->positions = r->has_source ? max_of(r->source.shape.positions, c->T) : c->T;
     c->recompute = (int)a->recompute;
     c->act = a->recipe == RECIPE_FP32 ? FP32 : BF16;
     c->fp8 = fp8;
@@ -1736,27 +2071,116 @@ static DataLoaderConfig loader_config(const Run* r, const char* flag, const char
 
 static void open_data(Run* r) {
     Args* a = &r->args;
-    if (a->train_data == NULL) { bad_input("--train-data is missing: token shards or a text file to train on"); }
+    r->has_train = a->train_data != NULL;
+    if (!r->has_train && a->steps != 0) { bad_input("--train-data is missing: token shards or a text file to train on"); }
     bool split = a->val_data == NULL && a->val_split > 0.0;
+    if (!r->has_train && a->val_split > 0.0) { bad_input("--val-split: there is no --train-data to hold some of it back; give --val-data"); }
     if (a->val_data != NULL && a->val_split > 0.0) { bad_input("--val-split: %g was given together with --val-data; give one of them", a->val_split); }
-    DataLoaderConfig train = loader_config(r, "--train-data", a->train_data, split ? LOADER_TRAIN : LOADER_ALL);
-    loader_open(&r->train, &train);
+    if (r->has_train) {
+        DataLoaderConfig train = loader_config(r, "--train-data", a->train_data, split ? LOADER_TRAIN : LOADER_ALL);
+        loader_open(&r->train, &train);
+        r->fingerprint = loader_fingerprint(&r->train);
+    }
     r->has_val = a->val_data != NULL || split;  // its files are checked also where nothing will read them
     if (r->has_val) {
         DataLoaderConfig val = split ? loader_config(r, "--train-data", a->train_data, LOADER_VAL) : loader_config(r, "--val-data", a->val_data, LOADER_ALL);
         val.shuffle = false;
         loader_open(&r->val, &val);
-        if (r->val.vocab != r->train.vocab || r->val.kind != r->train.kind) {
+        if (r->has_train && (r->val.vocab != r->train.vocab || r->val.kind != r->train.kind)) {
             bad_input("--val-data: '%s' holds %s tokens of a vocabulary of %" PRId64 ", and --train-data %s of %" PRId64, a->val_data, loader_kind_name(&r->val),
                 r->val.vocab, loader_kind_name(&r->train), r->train.vocab);
         }
     }
-    resolve_vocabulary(r, r->train.vocab);
+    if (!r->has_train && !r->has_val && a->vocab == 0) { bad_input("--vocab is missing: neither --init nor data says how large the vocabulary is"); }
+    resolve_vocabulary(r, r->has_train ? r->train.vocab : r->has_val ? r->val.vocab : a->vocab);
+    int vocab = r->config.vocab;
+    r->tokens = r->has_train ? r->train.kind : r->has_val ? r->val.kind : vocab == 256 ? LOADER_TEXT : vocab <= 65536 ? LOADER_UINT16 : LOADER_UINT32;
+}
+
+// The multiple-choice files of --eval-data
+static void open_evals(Run* r) {
+    const char* list = r->args.eval;
+    for (const char *at = list, *end; at != NULL; at = *end == ',' ? end + 1 : NULL) {
+        end = at + strcspn(at, ",");
+        std::string path(at, end);
+        if (path.empty()) { bad_input("--eval-data: '%s' has an empty entry; allowed: a file, or several with commas between them", list); }
+        r->evals.emplace_back();
+        choices_open(&r->evals.back(), "--eval-data", path.c_str(), r->config.vocab, r->config.T);
+    }
+}
+
+static void resolve_tokenizer(Run* r) {
+    const char* path = r->args.tokenizer;
+    r->has_tokenizer = path != NULL;
+    if (!r->has_tokenizer) { return; }
+    if (r->tokens == LOADER_TEXT) { bad_input("--tokenizer: a model of text files reads and writes bytes and needs none; leave it out"); }
+    r->tokenizer = tokenizer_open("--tokenizer", path, r->config.vocab);
+}
+
+// Where samples begin: at a line's end in text, at the end of a text (in GPT-2's vocabulary <|endoftext|>), else at token 0
+static int first_token(const Run* r) {
+    int token = r->tokens == LOADER_TEXT ? '\n' : r->has_tokenizer ? r->tokenizer.end_of_text : r->config.vocab == 50257 ? 50256 : 0;
+    return min_of(token, r->config.vocab - 1);
+}
+
+// What --prompt says in tokens, and that what says how to generate has something to say it of
+static void resolve_generation(Run* r) {
+    const Args* a = &r->args;
+    const Options* o = &r->table.options;
+    bool text = r->tokens == LOADER_TEXT;
+    const struct { const char* flag; const void* value; bool of_samples; } for_generation[] = {{"--prompt", &a->prompt, false}, {"--samples", &a->samples, false},
+        {"--temperature", &a->temperature, true}, {"--top-k", &a->top_k, true}, {"--top-p", &a->top_p, true}};
+    for (auto& f : for_generation) {
+        if (option_given(o, f.value) && a->generate == 0 && !(f.of_samples && a->sample_every > 0)) {
+            bad_input("%s says how tokens are generated, and none are; give --generate N%s with it", f.flag, f.of_samples ? " or --sample-every N" : "");
+        }
+    }
+    if (a->prompt == NULL) {
+        r->prompt.push_back(first_token(r));
+        return;
+    }
+    for (const char* at = a->prompt; *at != '\0';) {
+        if (!text && isspace((unsigned char)*at)) { at++; continue; }
+        char* end = (char*)at + 1;
+        int64_t token = (unsigned char)*at;
+        if (!text) {
+            errno = 0;
+            token = *at >= '0' && *at <= '9' ? strtoll(at, &end, 10) : -1;
+            if (token < 0 || errno != 0 || (*end != '\0' && !isspace((unsigned char)*end))) {
+                bad_input("--prompt: %s is no list of tokens by number, such as '464 3290 318'; text is understood by models of bytes only, since no file here tells how "
+                          "a tokenizer joins characters (scripts/tokenize.py --ids prints a text's tokens)", quoted(a->prompt).text);
+            }
+        }
+        if (token >= r->config.vocab) {
+            bad_input("--prompt: the token %" PRId64 " is not allowed in a vocabulary of %d: 0 to %d", token, r->config.vocab, r->config.vocab - 1);
+        }
+        r->prompt.push_back((int)token);
+        at = end;
+    }
+    if (r->prompt.empty()) { bad_input("--prompt: %s has no token; give one at least, or leave it out", quoted(a->prompt).text); }
 }
 
 static void close_data(Run* r) {
-    loader_close(&r->train);
+    if (r->has_train) { loader_close(&r->train); }
     if (r->has_val) { loader_close(&r->val); }
+}
+
+// What goes out at the end, and whether it can. What is on the disk rank 0 looks at, who will write
+static void resolve_export(Run* r) {
+    Args* a = &r->args;
+    Options* o = &r->table.options;
+    bool exports = a->export_hf != NULL || a->export_llmc != NULL;
+    if (option_given(o, &a->export_dtype) && !exports) { bad_input("--export-dtype is that of --export-hf and --export-llmc; give one of them with it"); }
+    if (a->hf_tokenizer != NULL && a->export_hf == NULL) { bad_input("--hf-tokenizer goes along with --export-hf; give both"); }
+    set_default(o, &a->export_dtype, a->recipe == RECIPE_FP32 ? EXPORT_FP32 : EXPORT_BF16);
+    auto same = [&](const char* other) { return other != NULL && hf_folder_name(other) == hf_folder_name(a->export_hf); };
+    if (a->export_hf != NULL && same(a->export_llmc)) { bad_input("--export-hf and --export-llmc are both '%s'; give two names", a->export_hf); }
+    if (a->export_hf != NULL && same(a->output_dir)) { bad_input("--export-hf: '%s' is --output-dir; an export has a folder of its own", a->export_hf); }
+    ModelShape shape = shape_of(&r->config);
+    if (r->topology.world.rank != 0) { return; }
+    if (a->export_llmc != NULL) { llmc_require_writable("--export-llmc", a->export_llmc, &shape, export_formats[a->export_dtype]); }
+    if (a->export_hf != NULL) { hf_require_writable("--export-hf", a->export_hf); }
+    if (a->hf_tokenizer != NULL) { hf_require_tokenizer("--hf-tokenizer", a->hf_tokenizer); }
 }
 
 // The micro-batches of a step
@@ -1834,7 +2258,7 @@ static void choose_matmuls(Run* r) {
     if (a->matmul_cache == NULL) { r->cache = choices_path(*mm->device); }
     else if (strcmp(a->matmul_cache, "none") != 0) { r->cache = a->matmul_cache; }
     bool kept = !r->cache.empty();
-    std::string text = gather_text(world, kept && world->rank == 0 ? choices_read(r->cache.c_str()) : "");
+    std::string text = gather_text(world, r->resumed_choices + (kept && world->rank == 0 ? choices_read(r->cache.c_str()) : ""));  // of the same shape the first counts
     int damaged = matmul_choices_read(mm, text.c_str());
     if (damaged > 0 && world->rank == 0) {
         fprintf(stderr, "train_gpt_fp8: %d line%s of %s cannot be read, and what they chose is timed again\n", damaged, damaged == 1 ? "" : "s", r->cache.c_str());
@@ -1866,16 +2290,20 @@ static void compare_memory(Run* r) {
     free(all);
 }
 
+static std::string flag_text(const Option* o) {
+    char value[320];
+    option_value_text(value, sizeof(value), o);
+    const char* whole = o->type == OPTION_STRING ? *(const char* const*)o->value : value;
+    return whole != NULL ? whole : "none";
+}
+
 // name=value lines of everything that must be the same on all ranks
 static void settings_text(const Run* r, char* text, size_t size) {
     size_t n = 0;
     for (int i = 0; i < r->table.options.count; i++) {
         const Option* o = &r->table.options.items[i];
         if (o->type == OPTION_GROUP) { continue; }
-        char value[320];
-        option_value_text(value, sizeof(value), o);
-        const char* whole = o->type == OPTION_STRING ? *(const char* const*)o->value : value;
-        n += (size_t)snprintf(text + n, n < size ? size - n : 0, "%s=%s\n", o->name, whole != NULL ? whole : "none");
+        n += (size_t)snprintf(text + n, n < size ? size - n : 0, "%s=%s\n", o->name, flag_text(o).c_str());
         if (n >= size) { bad_input("the flags are longer than %zu bytes together; a glob pattern names many files in few", size); }
     }
 }
@@ -1884,8 +2312,12 @@ static void settings_text(const Run* r, char* text, size_t size) {
 static void resolved_text(const Run* r, char* text, size_t size) {
     const GptConfig* c = &r->config;
     snprintf(text, size, "device=%s\nmodel=%d layers, %d heads, width %d, vocabulary %d, %d positions\ntrain-files=%d\ntrain-windows=%" PRId64
-        "\nval-windows=%" PRId64 "\nsteps=%" PRId64 "\n", device_kind, c->layers, c->heads, c->width, c->vocab, c->positions, r->train.file_count,
-        loader_windows(&r->train), r->has_val ? loader_windows(&r->val) : 0, r->steps);
+        "\nval-windows=%" PRId64 "\ntrain-tokens=%016" PRIx64 "\nsteps=%" PRId64 "\n", device_kind, c->layers, c->heads, c->width, c->vocab, c->positions, r->has_train ? r->train.file_count : 0,
+        r->has_train ? loader_windows(&r->train) : 0, r->has_val ? loader_windows(&r->val) : 0, r->fingerprint, r->steps);
+    for (const ChoiceSet& e : r->evals) {
+        size_t n = strlen(text);
+        snprintf(text + n, size - n, "eval=%s, %zu examples, %016" PRIx64 "\n", e.name.c_str(), e.examples.size(), e.fingerprint);
+    }
 }
 
 // ---- what people see ----
@@ -1899,6 +2331,7 @@ static bool is_unused(const Run* r, const Option* o) {
     if (o->value == &a->zero_split) { return !sent || a->zero == 0; }
     if (o->value == &a->matmul_choice) { return !r->on_gpu; }
     if (o->value == &a->matmul_cache) { return !r->on_gpu || a->matmul_choice == ALGORITHM_LIBRARY; }
+    if (o->value == &a->export_dtype) { return a->export_hf == NULL && a->export_llmc == NULL; }
     return (o->value == &a->grad_scaling && !(sent && ring)) || (o->value == &a->grad_accum_rounding && c->accum == FP32);
 }
 
@@ -1941,8 +2374,9 @@ static void print_settings(const Run* r) {
     table_add(&t, "threads a rank", "%d", omp_get_max_threads());
 #endif
     table_add(&t, "parameters", "%s", text_count((double)r->parameters).s);
-    table_add(&t, "data", "%s tokens an epoch (%s), %.2f epochs", text_count((double)loader_tokens(&r->train)).s, loader_kind_name(&r->train),
-              (double)r->steps * (double)r->args.global_batch / (double)loader_tokens(&r->train));
+    if (!r->has_train) { table_add(&t, "data", "none to train on"); }
+    else { table_add(&t, "data", "%s tokens an epoch (%s), %.2f epochs", text_count((double)loader_tokens(&r->train)).s, loader_kind_name(&r->train),
+              (double)r->steps * (double)r->args.global_batch / (double)loader_tokens(&r->train)); }
     table_add(&t, y->tp * y->pp > 1 ? "micro-batches a replica" : "micro-batches a rank", "%d", r->micro_batches);
     log_table(stdout, "settings", t.rows, t.count);
     MemoryRow rows[MEMORY_CATEGORIES];
@@ -1950,10 +2384,6 @@ static void print_settings(const Run* r) {
     bool alike = memcmp(r->fullest, r->emptiest, sizeof(r->fullest)) == 0;
     log_memory_table(stdout, alike ? "memory of a rank, as allocated" : "memory of the fullest rank, as allocated, and of the emptiest", rows, MEMORY_CATEGORIES);
 }
-
-static void add_int(json_object* o, const char* name, int64_t v) { json_object_object_add(o, name, json_object_new_int64(v)); }
-static void add_double(json_object* o, const char* name, double v) { json_object_object_add(o, name, json_object_new_double(v)); }
-static void add_string(json_object* o, const char* name, const char* v) { json_object_object_add(o, name, json_object_new_string(v)); }
 
 static json_object* memory_json(const size_t* bytes) {
     json_object* mem = json_object_new_object();
@@ -2051,6 +2481,7 @@ static void show_step(Run* r, int64_t step, const StepRecord* record, double lr,
     r->skipped += record->skipped != NOT_SKIPPED;
     r->not_finite += not_finite;
     r->not_finite_in_a_row = not_finite ? r->not_finite_in_a_row + 1 : 0;
+    r->skipped_in_a_row = record->skipped != NOT_SKIPPED ? r->skipped_in_a_row + 1 : 0;
     const Model* m = &r->model;
     if (r->topology.layout.replica != 0 || r->topology.layout.tp_rank != 0) { return; }
     std::vector<TensorRow> rows;
@@ -2077,7 +2508,7 @@ static void show_step(Run* r, int64_t step, const StepRecord* record, double lr,
         if (sent[i] > 0) { add_int(comm, comm_names[i], (int64_t)sent[i]); }
     }
     json_object_object_add(o, "comm", comm);
-    add_double(o, "comm_wait_ms", 1e3 * reduction_waited(&r->model.reduction, step));
+    add_double(o, "comm_wait_ms", 1e3 * reduction_waited(&r->model.reduction, step - r->first_step));
     json_object_object_add(o, "fp8", rows.empty() ? NULL : fp8_statistics(rows));
     if (r->args.log_tensors) { json_object_object_add(o, "tensors", tensor_statistics(rows)); }
     add_double(o, "loss_z", record->loss_z);
@@ -2090,31 +2521,95 @@ static void show_step(Run* r, int64_t step, const StepRecord* record, double lr,
 static void validate(Run* r, int64_t step) {
     double loss = evaluate(&r->model, &r->val, &r->batches[0], r->args.val_batches);
     if (r->topology.world.rank != 0) { return; }
-    console_print(&r->console, "step %" PRId64 "/%" PRId64 " | val loss %.4f", step, r->steps, loss);
+    console_print(&r->console, "step %" PRId64 "/%" PRId64 " | val loss %.4f | perplexity %.4g", step, r->steps, loss, exp(loss));
     json_object* o = json_object_new_object();
     add_int(o, "step", step);
     add_double(o, "val_loss", loss);
+    add_double(o, "perplexity", exp(loss));
     log_line(&r->log, o);
 }
 
-// Where a sample starts: a line's end in text, <|endoftext|> in GPT-2's vocabulary, else token 0
-static int first_token(const Run* r) { return r->train.kind == LOADER_TEXT ? '\n' : r->config.vocab == 50257 ? 50256 : 0; }
+static void score_evals(Run* r, int64_t step) {
+    for (const ChoiceSet& e : r->evals) {
+        ChoiceCounts right = evaluate_choices(&r->model, &e, &r->batches[0]);
+        if (r->topology.world.rank != 0) { continue; }
+        double examples = (double)e.examples.size(), acc = (double)right.by_sum / examples, acc_norm = (double)right.by_mean / examples;
+        console_print(&r->console, "step %" PRId64 "/%" PRId64 " | eval %s | acc %.4f | acc_norm %.4f | %zu examples", step, r->steps, e.name.c_str(), acc, acc_norm,
+            e.examples.size());
+        json_object* o = json_object_new_object();
+        add_int(o, "step", step);
+        add_string(o, "eval", e.name.c_str());
+        add_double(o, "acc", acc);
+        add_double(o, "acc_norm", acc_norm);
+        add_int(o, "examples", (int64_t)e.examples.size());
+        log_line(&r->log, o);
+    }
+}
 
+// Of contexts that had to be cut: once
+static void note_cut_contexts(const Run* r) {
+    for (const ChoiceSet& e : r->evals) {
+        if (e.cut == 0) { continue; }
+        printf("note: of the %zu examples of %s %" PRId64 " are longer than --seq-len %d and lose the beginning of their context\n", e.examples.size(), e.path.c_str(),
+            e.cut, r->config.T);
+    }
+}
+
+// Tokens as people read them: bytes, or by --tokenizer, or as numbers
+static std::string tokens_text(const Run* r, const int* tokens, int count) {
+    std::string text;
+    if (r->has_tokenizer) { return tokenizer_decode(&r->tokenizer, tokens, count); }
+    for (int i = 0; i < count; i++) {
+        if (r->tokens != LOADER_TEXT) { text += (i > 0 ? " " : "") + std::to_string(tokens[i]); }
+        else { text += tokens[i] < 256 ? (char)tokens[i] : '?'; }
+    }
+    return text;
+}
+
+// `given` tokens and what the model makes of them, up to `length`
+static std::vector<int> generate_tokens(Run* r, const std::vector<int>& given, int64_t length, uint64_t seed) {
+    const Args* a = &r->args;
+    Generation g = {Sampling{a->temperature, a->top_k, a->top_p}, seed, true};
+    std::vector<int> tokens = given;
+    tokens.resize(given.size() + (size_t)length);
+    generate(&r->model, tokens.data(), (int)given.size(), (int)tokens.size(), &g);
+    return tokens;
+}
+
+// Of --sample-every
 static void show_sample(Run* r, int64_t step) {
     if (r->topology.layout.replica != 0) { return; }
-    int length = (int)r->args.sample_len + 1, *tokens = (int*)host_alloc((size_t)length * sizeof(int));
-    tokens[0] = min_of(first_token(r), r->config.vocab - 1);
-    generate(&r->model, tokens, length, r->config.seed + (uint64_t)step);
-    if (r->topology.world.rank != 0) { free(tokens); return; }
-    console_print(&r->console, "step %" PRId64 "/%" PRId64 " | sample of %d tokens:", step, r->steps, length - 1);
-    for (int i = 1; i < length; i++) {
-        if (r->train.kind != LOADER_TEXT) { printf("%d ", tokens[i]); }
-        else if (tokens[i] == '\n' || (tokens[i] >= 32 && tokens[i] < 127)) { putchar(tokens[i]); }
-        else { putchar('?'); }  // a byte of its own is no character, and may be a command to the terminal
-    }
-    printf("\n");
+    int n = (int)r->args.sample_len;
+    std::vector<int> tokens = generate_tokens(r, r->prompt, n, r->config.seed + (uint64_t)step);
+    if (r->topology.world.rank != 0) { return; }
+    console_print(&r->console, "step %" PRId64 "/%" PRId64 " | sample of %d tokens:", step, r->steps, n);
+    printf("%s\n", printable_text(tokens_text(r, tokens.data() + r->prompt.size(), n)).c_str());
     fflush(stdout);
-    free(tokens);
+}
+
+// Of --generate
+static void show_generated(Run* r) {
+    const Args* a = &r->args;
+    if (r->topology.layout.replica != 0) { return; }
+    int n = (int)a->generate, given = (int)r->prompt.size();
+    for (int64_t i = 0; i < a->samples; i++) {
+        double start = wall_seconds();
+        std::vector<int> tokens = generate_tokens(r, r->prompt, n, mix64(r->config.seed ^ 0x67656e6572617465ull) + (uint64_t)i);
+        double seconds = wall_seconds() - start;
+        if (r->topology.world.rank != 0) { continue; }
+        console_print(&r->console, "sample %" PRId64 "/%" PRId64 " | %d tokens after a prompt of %d | %s tok/s", i + 1, a->samples, n, given, text_count(n / seconds).s);
+        std::string text = tokens_text(r, tokens.data(), given + n);
+        printf("%s\n", printable_text(text).c_str());
+        fflush(stdout);
+        json_object *o = json_object_new_object(), *list = json_object_new_array();
+        for (int k = given; k < given + n; k++) { json_object_array_add(list, json_object_new_int(tokens[(size_t)k])); }
+        add_int(o, "sample", i + 1);
+        add_int(o, "prompt_tokens", given);
+        json_object_object_add(o, "tokens", list);
+        add_double(o, "tok_s", n / seconds);
+        json_object_object_add(o, "text", json_object_new_string_len(text.data(), (int)text.size()));
+        log_line(&r->log, o);
+    }
 }
 
 // One line a linear layer that FP8 is expected to slow down on this GPU; none where the GPU is not known
@@ -2365,7 +2860,7 @@ static void set_baseline(Run* r) {
 
 static void resolve_planned(Run* r) {
     resolve_model(r);
-    if (r->has_file) { llmc_close(&r->file); }
+    if (r->has_source) { weight_source_close(&r->source); }
     resolve_vocabulary(r, r->args.vocab > 0 ? r->args.vocab : 50257);
     if (r->args.train_data != NULL) {
         open_data(r);
@@ -2425,6 +2920,379 @@ static void make_plan(Run* r) {
     if (fflush(stdout) != 0) { die("--plan: cannot write: %s", strerror(errno)); }
 }
 
+// ---- saving, going on, ending ----
+
+// What of the settings a checkpoint belongs to: a model of other ones is another model, or was fed other data
+static const char* const fixed_flags[] = {"layers", "heads", "width", "position", "tie-embeddings", "seq-len", "seed", "recipe", "bf16-layers", "fp8-min-size",
+    "master-dtype", "m-dtype", "v-dtype", "opt-block"};
+// Those that change nothing of what is computed from here on; and --steps and --warmup, of which counts what they come to
+static const char* const free_flags[] = {"train-data", "val-data", "eval-data", "init", "vocab", "tokenizer", "generate", "prompt", "samples", "temperature", "top-k", "top-p", "export-hf",
+    "export-llmc", "export-dtype", "hf-tokenizer", "output-dir", "steps", "warmup", "val-every", "val-batches", "sample-every", "sample-len", "log-tensors", "profile", "checkpoint-every", "keep",
+    "resume", "checkpoint-memory", "max-minutes", "max-skipped", "timeout", "matmul-cache", "plan", "json", "kernels", "world", "gpu"};
+
+template <size_t N> static bool is_among(const char* const (&names)[N], const char* name) {
+    return std::find_if(std::begin(names), std::end(names), [=](const char* n) { return strcmp(n, name) == 0; }) != std::end(names);
+}
+
+// name: text, of what a checkpoint and the run that goes on from it must agree in
+static json_object* fixed_json(const Run* r) {
+    json_object* o = json_object_new_object();
+    for (int i = 0; i < r->table.options.count; i++) {
+        const Option* option = &r->table.options.items[i];
+        if (option->type != OPTION_GROUP && is_among(fixed_flags, option->name)) { add_string(o, option->name, flag_text(option).c_str()); }
+    }
+    add_string(o, "vocabulary", std::to_string(r->config.vocab).c_str());
+    add_string(o, "positions", std::to_string(r->config.positions).c_str());
+    add_string(o, "tokens", r->has_train ? loader_kind_name(&r->train) : "none");
+    return o;
+}
+
+// Likewise of what has to be the same for the run to go on bit for bit
+static json_object* others_json(const Run* r) {
+    json_object* o = json_object_new_object();
+    for (int i = 0; i < r->table.options.count; i++) {
+        const Option* option = &r->table.options.items[i];
+        bool known = option->type == OPTION_GROUP || is_among(fixed_flags, option->name) || is_among(free_flags, option->name);
+        if (!known) { add_string(o, option->name, is_unused(r, option) ? "none needed" : flag_text(option).c_str()); }
+    }
+    char device[128];
+    device_name(device, sizeof(device));
+    add_string(o, "steps of the learning rate", r->args.schedule == SCHEDULE_CONSTANT ? "any" : std::to_string(r->steps).c_str());
+    add_string(o, "steps of warm-up", std::to_string(r->warmup).c_str());
+    add_string(o, "ranks", std::to_string(r->topology.world.size).c_str());
+    add_string(o, "device", device);
+    add_string(o, "matmul library", r->model.matmul.device->c_str());
+#ifdef _OPENMP
+    if (!device_is_gpu) { add_string(o, "threads", std::to_string(omp_get_max_threads()).c_str()); }
+#endif
+    return o;
+}
+
+// "width 64 -> 128, …" of the texts that differ: there -> here; "": none
+static std::string differences(json_object* there, json_object* here) {
+    std::string text;
+    json_object_object_foreach(here, name, value) {
+        json_object* old = NULL;
+        json_object_object_get_ex(there, name, &old);
+        const char *before = old != NULL ? json_object_get_string(old) : "not there", *now = json_object_get_string(value);
+        if (strcmp(before, now) != 0) { text += (text.empty() ? "" : ", ") + std::string(name) + " " + before + " -> " + now; }
+    }
+    return text;
+}
+
+static std::string json_pages(json_object* o) {
+    std::string text = json_object_to_json_string_ext(o, JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE);
+    json_object_put(o);
+    return text + "\n";
+}
+
+// config.json of a checkpoint after so many steps
+static std::string checkpoint_config(Run* r, int64_t step) {
+    json_object *o = json_object_new_object(), *given = json_object_new_object(), *run = json_object_new_object();
+    add_string(o, "format", CHECKPOINT_FORMAT);
+    add_int(o, "version", CHECKPOINT_VERSION);
+    add_int(o, "step", step);
+    json_object_object_add(o, "fixed", fixed_json(r));
+    json_object_object_add(o, "others", others_json(r));
+    for (int i = 0; i < r->table.options.count; i++) {
+        const Option* option = &r->table.options.items[i];
+        if (option->type != OPTION_GROUP && option->given) { add_string(given, option->name, flag_text(option).c_str()); }
+    }
+    json_object_object_add(o, "given", given);
+    json_object_object_add(o, "counters", counters_json(&r->model));
+    add_int(run, "skipped", r->skipped);
+    add_int(run, "not_finite", r->not_finite);
+    add_int(run, "not_finite_in_a_row", r->not_finite_in_a_row);
+    add_int(run, "log_bytes", log_size(&r->log));
+    json_object_object_add(o, "run", run);
+    return json_pages(o);
+}
+
+static std::string fingerprint_text(const Run* r) {
+    char text[20];
+    snprintf(text, sizeof(text), "%016" PRIx64, r->fingerprint);
+    return text;
+}
+
+static std::string checkpoint_loader(const Run* r) {
+    LoaderPosition at = loader_position(&r->train);
+    json_object *o = json_object_new_object(), *sources = json_object_new_array();
+    add_int(o, "samples", at.samples);
+    add_string(o, "fingerprint", fingerprint_text(r).c_str());
+    for (int i = 0; i < at.sources; i++) {
+        json_object* source = json_object_new_object();
+        add_int(source, "taken", at.taken[i]);
+        add_int(source, "windows", at.windows[i]);
+        json_object_array_add(sources, source);
+    }
+    json_object_object_add(o, "sources", sources);
+    return json_pages(o);
+}
+
+// The part of the save that was under way has ended on all ranks: begins the next, or says what came of it
+static void save_advance(Run* r) {
+    if (!r->checkpoints.concludes) { checkpoint_conclude(&r->checkpoints); return; }
+    SaveOutcome o = checkpoint_outcome(&r->checkpoints);
+    r->failed = !o.good;
+    if (r->topology.world.rank != 0) { return; }
+    std::string folder = r->checkpoints.folder + "/" + checkpoint_name(o.step);
+    if (!o.good) {
+        console_end_line(&r->console);
+        int64_t last = r->checkpoints.last;
+        fprintf(stderr, "train_gpt_fp8: the checkpoint of step %" PRId64 " could not be saved: %s; %s%s\n", o.step, o.wrong, r->ends ? "" : "training goes on, and ",
+            last >= 0 ? (checkpoint_name(last) + " is the newest good one").c_str() : "there is none yet");
+    } else {
+        console_print(&r->console, "step %" PRId64 "/%" PRId64 " | saved %s: %s in %s, %s/s; training waited %s", o.step, r->steps, folder.c_str(), text_bytes((double)o.bytes).s,
+            text_ms(1e3 * o.seconds).s, text_bytes((double)o.bytes / o.seconds).s, text_ms(1e3 * o.waited).s);
+        if (o.wrong[0] != '\0') { fprintf(stderr, "train_gpt_fp8: %s is whole, but what follows it is not done: %s\n", folder.c_str(), o.wrong); }
+    }
+    json_object *line = json_object_new_object(), *saved = json_object_new_object();
+    add_int(line, "step", o.step);
+    json_object_object_add(saved, "good", json_object_new_boolean(o.good));
+    add_int(saved, "bytes", (int64_t)o.bytes);
+    add_double(saved, "ms", 1e3 * o.seconds);
+    add_double(saved, "waited_ms", 1e3 * o.waited);
+    json_object_object_add(line, "checkpoint", saved);
+    log_line(&r->log, line);
+}
+
+// What ranks tell each other between two steps
+struct StepNote {
+    int wish;            // EndWish
+    int saving;          // SaveState
+    uint64_t written, bytes;
+};
+enum EndWish { GO_ON, END_FOR_SIGNAL, END_FOR_TIME };
+
+static volatile sig_atomic_t ending_signal, interrupted;
+static void on_ending_signal(int signal) {
+    if (signal == SIGINT && interrupted != 0) {
+        static const char word[] = "\ntrain_gpt_fp8: stopped at once, nothing was saved\n";
+        (void)!write(STDERR_FILENO, word, sizeof(word) - 1);
+        _exit(130);
+    }
+    if (signal == SIGINT) { interrupted = 1; }
+    ending_signal = signal;
+}
+static void catch_signals(void) {
+    struct sigaction action = {};
+    action.sa_handler = on_ending_signal;
+    action.sa_flags = SA_RESTART;
+    for (int signal : {SIGTERM, SIGUSR1, SIGINT}) { sigaction(signal, &action, NULL); }
+}
+
+// Between two steps: how far is the save that is under way, and does a rank wish to end?
+static EndWish step_note(Run* r, int64_t step) {
+    Checkpoints* c = &r->checkpoints;
+    bool late = r->args.max_minutes > 0.0 && wall_seconds() - r->began > 60.0 * r->args.max_minutes;
+    StepNote mine = {ending_signal != 0 ? END_FOR_SIGNAL : late ? END_FOR_TIME : GO_ON, c->writer.state, c->writer.written, c->writer.file.bytes};
+    std::vector<StepNote> all((size_t)c->world.size);
+    host_all_gather(&c->world, all.data(), &mine, sizeof(mine));
+    int wish = GO_ON;
+    bool written = c->step >= 0;
+    uint64_t done = 0, bytes = 0;
+    for (const StepNote& n : all) {
+        wish = wish == GO_ON ? n.wish : wish;
+        written &= n.saving != SAVE_WRITING;
+        done += n.written;
+        bytes += n.bytes;
+    }
+    if (done != c->seen) { watchdog_progress(&watchdog, step, "a checkpoint"); }
+    c->seen = done;
+    if (written) { save_advance(r); }
+    else if (c->step >= 0 && c->world.rank == 0 && wall_seconds() - c->told > 10.0) {
+        c->told = wall_seconds();
+        console_print(&r->console, "step %" PRId64 "/%" PRId64 " | saving step %" PRId64 ": %.0f %%, %s/s", step, r->steps, c->step, 100.0 * (double)min_of(done, bytes) / (double)max_of(bytes, (uint64_t)1),
+            text_bytes((double)done / (wall_seconds() - c->started)).s);
+    }
+    return (EndWish)wish;
+}
+
+// Until no save is under way
+static void save_wait(Run* r) {
+    Checkpoints* c = &r->checkpoints;
+    double start = wall_seconds();
+    while (c->step >= 0) {
+        c->waited += wall_seconds() - start;
+        start = wall_seconds();
+        int64_t step = c->step;
+        step_note(r, step);
+        if (c->writer.state == SAVE_WRITING) { usleep(2000); }
+    }
+}
+
+// Begins to save the state after `step` steps; waits for the save before it
+static void save_begin(Run* r, int64_t step) {
+    save_wait(r);
+    std::vector<Checksum> texts;
+    if (r->topology.world.rank == 0) {
+        std::string choices;
+        matmul_choices_write(&r->model.matmul, &choices);
+        if (device_is_gpu) { texts.push_back({choices, "matmul_choices.txt"}); }
+        texts.push_back({checkpoint_loader(r), "loader.json"});
+        texts.push_back({checkpoint_config(r, step), "config.json"});
+    }
+    checkpoint_begin(&r->checkpoints, step, checkpoint_share(&r->model), texts, r->model.stream);
+}
+
+// How to go on with this run
+static std::string resume_command(const Run* r) {
+    int ranks = r->topology.world.size;
+    return (ranks > 1 ? "mpirun -np " + std::to_string(ranks) + " " : "") + r->command + (r->args.resume ? "" : " --resume");
+}
+
+// A flag that was not given, as the checkpoint has it
+static void take_flag(Option* o, const char* value) {
+    if (o->given) { return; }
+    std::string flag = std::string("--") + o->name + ", as the checkpoint has it";
+    char* text = strdup(value);  // stays with its option
+    if (text == NULL) { die("out of host memory: a flag"); }
+    set_option(o, flag.c_str(), o->type != OPTION_FLAG ? text : strcmp(text, "on") == 0 ? "1" : "0");
+    o->given = true;
+}
+
+// --resume: finds the newest checkpoint that is whole, and takes from it the flags that are not given. All ranks
+static void find_checkpoint(Run* r) {
+    Group* world = &r->topology.world;
+    const char* folder = r->args.output_dir;
+    std::string list;
+    if (world->rank == 0) {
+        std::vector<std::string> names;
+        int error = names_in_folder(&names, folder);
+        if (error != 0 && error != ENOENT && error != ENOTDIR) { die("--resume: '%s' cannot be searched for checkpoints: %s", folder, strerror(error)); }  // which is no reason to start anew
+        for (int64_t step : checkpoints_in(folder)) { list += checkpoint_name(step) + "\n"; }
+    }
+    broadcast_text(world, &list);
+    for (size_t at = 0; at < list.size(); at = list.find('\n', at) + 1) {
+        std::string name = list.substr(at, list.find('\n', at) - at), path = std::string(folder) + "/" + name, text;
+        std::string wrong = checkpoint_verify(&r->resumed_files, path, world);
+        if (wrong.empty() && world->rank == 0) { wrong = read_text(&text, path + "/config.json"); }
+        broadcast_text(world, &wrong);
+        broadcast_text(world, &text);
+        json_object* o = wrong.empty() ? json_tokener_parse(text.c_str()) : NULL;
+        json_object *format = NULL, *version = NULL;
+        if (wrong.empty() && (o == NULL || !json_object_object_get_ex(o, "format", &format) || !json_object_object_get_ex(o, "version", &version)
+            || strcmp(json_object_get_string(format), CHECKPOINT_FORMAT) != 0)) { wrong = "config.json is no checkpoint's"; }
+        if (wrong.empty() && json_object_get_int64(version) != CHECKPOINT_VERSION) {
+            bad_input("--resume: %s has version %" PRId64 ", and this program reads version %d", path.c_str(), json_object_get_int64(version), CHECKPOINT_VERSION);
+        }
+        if (!wrong.empty()) {
+            json_object_put(o);
+            if (world->rank == 0) { fprintf(stderr, "train_gpt_fp8: --resume: %s is passed over: %s\n", path.c_str(), wrong.c_str()); }
+            continue;
+        }
+        r->resumed = o;
+        r->resumed_from = path;
+        r->first_step = json_int(o, "step");
+        break;
+    }
+    r->all_damaged = r->resumed == NULL && !list.empty();
+    if (r->resumed == NULL) {
+        if (world->rank == 0) { fprintf(stderr, "train_gpt_fp8: --resume: %s holds no %scheckpoint, so the run starts from the beginning\n", folder, list.empty() ? "" : "whole "); }
+        return;
+    }
+    const struct { const char *flag, *name; } shape[] = {{"layers", "layers"}, {"heads", "heads"}, {"width", "width"}, {"position", "position"}, {"tie-embeddings", "tie-embeddings"}, {"vocab", "vocabulary"}};
+    json_object *given = json_member(r->resumed, "given"), *init = NULL;
+    json_object_object_get_ex(given, "init", &init);
+    bool says_shape = r->args.init != NULL && (init == NULL || strcmp(json_object_get_string(init), r->args.init) != 0);  // of another model, perhaps: it is compared
+    json_object_object_foreach(given, name, value) {
+        Option* o = find_option(&r->table.options, name, strlen(name));
+        bool skipped = o == NULL || strcmp(name, "output-dir") == 0 || strcmp(name, "resume") == 0 || strcmp(name, "init") == 0;
+        for (auto& part : shape) { skipped |= says_shape && strcmp(name, part.flag) == 0; }
+        skipped |= (strcmp(name, "val-split") == 0 && r->args.val_data != NULL) || (strcmp(name, "val-data") == 0 && r->args.val_split > 0.0);  // the other was asked for
+        if (!skipped) { take_flag(o, json_object_get_string(value)); }
+    }
+    for (auto& part : shape) {  // of the model, wherever it came from
+        Option* o = find_option(&r->table.options, part.flag, strlen(part.flag));
+        if (!says_shape) { take_flag(o, json_object_get_string(json_member(json_member(r->resumed, "fixed"), part.name))); }
+    }
+    // the batch stays what it was, where so many ranks can make it, even if it came from their number
+    int64_t batch = atoll(json_object_get_string(json_member(json_member(r->resumed, "others"), "global-batch"))), model = r->args.tp * r->args.pp;
+    int64_t pass = r->args.micro_batch * r->args.seq_len * (world->size / model);
+    if (world->size % model == 0 && batch % pass == 0 && batch / pass >= r->args.pp) {
+        take_flag(find_option(&r->table.options, "global-batch", strlen("global-batch")), std::to_string(batch).c_str());
+    }
+#ifdef _OPENMP
+    json_object* threads = NULL;
+    const char* asked = getenv("OMP_NUM_THREADS");
+    if (json_object_object_get_ex(json_member(r->resumed, "others"), "threads", &threads) && (asked == NULL || asked[0] == '\0')) {
+        int n = atoi(json_object_get_string(threads));
+        if (n >= 1 && n <= r->world.cores) { omp_set_num_threads(n); }
+    }
+#endif
+    if (device_is_gpu && world->rank == 0) {
+        std::string wrong = read_text(&r->resumed_choices, r->resumed_from + "/matmul_choices.txt");
+        if (!wrong.empty()) { fprintf(stderr, "train_gpt_fp8: --resume: the matmuls' algorithms are chosen anew: %s\n", wrong.c_str()); }
+    }
+}
+
+// Refuses a checkpoint of another model or other data. Moves the data to where it stood
+static void check_checkpoint(Run* r) {
+    if (r->resumed == NULL) { return; }
+    json_object* fixed = fixed_json(r);
+    std::string text = differences(json_member(r->resumed, "fixed"), fixed);
+    json_object_put(fixed);
+    if (!text.empty()) {
+        bad_input("--resume: %s is of another run (there -> here): %s; give the flags that it was started with, or another --output-dir", r->resumed_from.c_str(), text.c_str());
+    }
+    std::string loader;
+    Group* world = &r->topology.world;
+    std::string wrong = world->rank == 0 ? read_text(&loader, r->resumed_from + "/loader.json") : "";
+    broadcast_text(world, &wrong);
+    broadcast_text(world, &loader);
+    json_object* o = wrong.empty() ? json_tokener_parse(loader.c_str()) : NULL;
+    if (o == NULL) { bad_input("--resume: %s/loader.json cannot be read%s%s", r->resumed_from.c_str(), wrong.empty() ? "" : ": ", wrong.c_str()); }
+    json_object* sources = json_member(o, "sources");
+    LoaderPosition at = {};
+    at.samples = json_int(o, "samples");
+    at.sources = (int)min_of(json_object_array_length(sources), (size_t)LOADER_MAX_SOURCES);
+    for (int i = 0; i < at.sources; i++) {
+        json_object* source = json_object_array_get_idx(sources, (size_t)i);
+        at.taken[i] = json_int(source, "taken");
+        at.windows[i] = json_int(source, "windows");
+    }
+    if (r->has_train) {
+        loader_seek(&r->train, &at);
+        const char* before = json_object_get_string(json_member(o, "fingerprint"));
+        if (fingerprint_text(r) != before) {
+            bad_input("--train-data: '%s' is as long as the data of %s, and holds other tokens (fingerprint %s -> %s); give the same data, or another --output-dir",
+                r->args.train_data, r->resumed_from.c_str(), before, fingerprint_text(r).c_str());
+        }
+    }
+    json_object_put(o);
+}
+
+// The states of the checkpoint, and what is said of it
+static void load_checkpoint(Run* r) {
+    double start = wall_seconds();
+    CheckpointReader reader;
+    std::string wrong = reader_open(&reader, r->resumed_from, r->resumed_files);
+    if (!wrong.empty()) { die("--resume: %s: %s", r->resumed_from.c_str(), wrong.c_str()); }
+    json_object *counters = json_member(r->resumed, "counters"), *settings = json_member(r->resumed, "others");
+    int64_t rounded = load_states(&r->model, &reader, json_int(counters, "replicas"));
+    counters_restore(&r->model, counters);
+    for (const char* format : {"fp8-fwd", "fp8-bwd"}) {  // scales for another format are of no use: they are made just in time until there are others
+        const Option* o = find_option(&r->table.options, format, strlen(format));
+        if (flag_text(o) != json_object_get_string(json_member(settings, format))) { r->model.steps_recorded = 0; }
+    }
+    json_object* run = json_member(r->resumed, "run");
+    r->skipped = json_int(run, "skipped");
+    r->not_finite = json_int(run, "not_finite");
+    r->not_finite_in_a_row = json_int(run, "not_finite_in_a_row");
+    r->checkpoints.last = r->first_step;
+    double total = (double)rounded;
+    host_all_reduce_sum(&r->topology.world, &total, 1);
+    if (r->topology.world.rank != 0) { return; }
+    json_object* others = others_json(r);
+    std::string text = differences(json_member(r->resumed, "others"), others);
+    json_object_put(others);
+    printf("goes on from %s, step %" PRId64 ", read in %s; %s%s\n", r->resumed_from.c_str(), r->first_step, text_ms(1e3 * (wall_seconds() - start)).s,
+        text.empty() ? "bit for bit as if it had never stopped" : "not bit for bit, as this has changed: ", text.c_str());
+    if (total > 0.0) {
+        printf("%.0f blocks of %d elements of the optimizer's states are cut otherwise by these ranks, and were rounded again\n", total, STATE_BLOCK);
+    }
+}
+
 // ---- main ----
 
 // Before printing what needs neither MPI nor a device: of several ranks all must be about to, else those that are not would wait for ever
@@ -2437,6 +3305,8 @@ static void print_together(Run* r, const char* task, int* argc, char*** argv) {
 }
 
 static void setup(Run* r, int argc, char** argv) {
+    r->began = wall_seconds();
+    for (int i = 0; i < argc; i++) { r->command += (i > 0 ? " " : "") + shell_word(argv[i]); }
     option_table(&r->table, &r->args);
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0) { print_together(r, "--help", &argc, &argv); }
@@ -2459,11 +3329,19 @@ static void setup(Run* r, int argc, char** argv) {
     static char text[1 << 20];
     settings_text(r, text, sizeof(text));
     require_same_everywhere(world, "flags", text);
+    if (r->args.resume) { find_checkpoint(r); }
     join_topology(r);
     resolve_model(r);
     open_data(r);
+    if (r->resumed != NULL && !r->has_source) { r->config.positions = atoi(json_object_get_string(json_member(json_member(r->resumed, "fixed"), "positions"))); }
+    check_checkpoint(r);
+    open_evals(r);
+    resolve_tokenizer(r);
+    resolve_generation(r);
     resolve_global_batch(r);
     resolve_steps(r);
+    if (r->first_step > r->steps) { bad_input("--steps: %" PRId64 " are fewer than the %" PRId64 " that %s has behind it", r->steps, r->first_step, r->resumed_from.c_str()); }
+    resolve_export(r);
     resolved_text(r, text, sizeof(text));
     require_same_everywhere(world, "data and model", text);
     settings_text(r, text, sizeof(text));  // again, with what the recipe has set: a flag that was given may be another's default
@@ -2476,21 +3354,50 @@ static void setup(Run* r, int argc, char** argv) {
     r->log = no_log();
     if (world->rank == 0) {
         make_directory("--output-dir", r->args.output_dir);
-        r->log = log_open("--output-dir", r->args.output_dir, false);
+        unlink(heartbeats_path(r->args.output_dir).c_str());  // of a run that was killed
+        std::vector<int64_t> older = checkpoints_in(r->args.output_dir);
+        if (!r->args.resume && !older.empty()) {
+            bad_input("--output-dir: '%s' holds checkpoints of an earlier run, the newest of step %" PRId64 "; give --resume to go on from it, or another folder", r->args.output_dir, older[0]);
+        }
+        std::string log = std::string(r->args.output_dir) + "/log.jsonl";
+        if (r->all_damaged && rename(log.c_str(), (log + ".old").c_str()) == 0) { fprintf(stderr, "train_gpt_fp8: --resume: what was logged is in %s.old\n", log.c_str()); }
+        r->log = log_open("--output-dir", r->args.output_dir, r->resumed != NULL);
+        if (r->resumed != NULL) { log_cut(&r->log, json_int(json_member(r->resumed, "run"), "log_bytes")); }
     }
     barrier(world);
+    double memory_limit = r->args.checkpoint_memory * (double)(1 << 30);
+    bool limited = option_given(&r->table.options, &r->args.checkpoint_memory);
+    checkpoints_open(&r->checkpoints, r->args.output_dir, r->args.keep, (size_t)memory_limit, world);
+    r->checkpoints.writer.gets_on = [] { watchdog.progress++; };
     choose_matmuls(r);
     model_commit(&r->model, &r->memory);
-    model_set_weights(&r->model, r->has_file ? &r->file : NULL);
-    if (r->has_file) { llmc_close(&r->file); }
+    if (r->resumed != NULL) { load_checkpoint(r); }
+    else { model_set_weights(&r->model, r->has_source ? &r->source : NULL); }
+    if (!limited) { r->checkpoints.most_memory = host_memory_free() / 2 / (size_t)r->world.local_size; }  // now that the model has its own
+    if (r->has_source) { weight_source_close(&r->source); }
     resolve_peak(r);
     for (int i = 0; i < host_batches(&r->config); i++) { r->batches.push_back(host_batch_create(rows_of(&r->model))); }
     if (world->rank == 0) {
         print_settings(r);
         note_slow_fp8(r, stdout, r->gpu);
+        note_cut_contexts(r);
         log_settings(r);
     }
     r->console = console_open(stdout, 100);
+    std::string (*trouble)(void) = NULL;
+#ifdef NCCL_TRANSPORT
+    if (world->transport == OVER_NCCL) { trouble = nccl_trouble; }
+#endif
+    watchdog_start(&watchdog, r->args.timeout, r->args.output_dir, world->rank, world->size, trouble);
+    catch_signals();
+}
+
+// Too many steps in a row were skipped
+[[noreturn]] static void give_up(Run* r, int64_t step) {
+    save_wait(r);
+    int64_t good = r->checkpoints.last;
+    die("the last %" PRId64 " steps, up to step %" PRId64 ", were skipped (--max-skipped); %s; a lower --lr, a longer --warmup or --clip may keep the model whole", r->skipped_in_a_row, step + 1,
+        good < 0 ? "there is no checkpoint to go back to" : ("--resume goes on from step " + std::to_string(good)).c_str());
 }
 
 static void train(Run* r) {
@@ -2499,7 +3406,7 @@ static void train(Run* r) {
     StepSettings settings = {};
     settings.rules = DecisionRules{a->beta1, a->beta2, (float)a->clip, (float)a->skip_loss_z, (float)a->skip_grad_z};
     settings.weight_decay = (float)a->weight_decay;
-    float weight = (float)(1.0 / (double)a->global_batch);
+    float weight = token_weight(a->global_batch);
     double profile_start = 0.0;
     struct { bool waiting, after; int64_t step; double lr, start; uint64_t sent[COMM_OPERATIONS]; } last = {};
     bool after = false;  // a step: nothing has come between it and the next
@@ -2509,25 +3416,47 @@ static void train(Run* r) {
         double seconds = device_is_gpu ? step_seconds(m, last.after) : wall_seconds() - last.start;
         show_step(r, last.step, &record, last.lr, seconds, last.sent);
         last.waiting = false;
+        if (a->max_skipped > 0 && r->skipped_in_a_row >= a->max_skipped) { give_up(r, last.step); }
     };
-    for (int64_t step = 0;; step++) {
-        bool end = step == r->steps;
-        bool validates = r->has_val && a->val_batches > 0 && a->val_every > 0 && (step % a->val_every == 0 || end);
-        bool samples = a->sample_every > 0 && ((step > 0 && step % a->sample_every == 0) || end);
-        if (validates || samples || end) {
+    int64_t first = r->first_step;
+    for (int64_t step = first;; step++) {
+        watchdog_progress(&watchdog, step, "the end of a step");
+        EndWish wish = step_note(r, step);
+        bool end = step == r->steps, resumes = r->resumed != NULL && step == first, done = resumes && !end;  // done: before the checkpoint was written
+        bool validates = !done && r->has_val && a->val_batches > 0 && a->val_every > 0 && (step % a->val_every == 0 || end);
+        bool scores = !done && !r->evals.empty() && (end || (a->val_every > 0 && step % a->val_every == 0));
+        bool samples = !done && a->sample_every > 0 && ((step > 0 && step % a->sample_every == 0) || end);
+        bool due = a->checkpoint_every > 0 && step > 0 && (step % a->checkpoint_every == 0 || end), saves = !resumes && (wish != GO_ON || due);
+        if (validates || scores || samples || saves || end) {
             show_last();
             after = false;
         }
+        if (wish == GO_ON && !end && r->skipped_in_a_row > 0) { saves = false; }  // may be the way down, and must not push out what was before it
         if (validates) { validate(r, step); }
+        if (scores) { score_evals(r, step); }
         if (samples) { show_sample(r, step); }
+        r->ends = end || wish != GO_ON;
+        if (saves) { save_begin(r, step); }
+        if (wish != GO_ON && !end) {
+            save_wait(r);
+            if (r->topology.world.rank == 0) {
+                const char* why = wish == END_FOR_TIME ? "--max-minutes are over" : "a signal asks for the end";
+                console_print(&r->console, "step %" PRId64 "/%" PRId64 " | %s: the run ends here%s. To go on: %s", step, r->steps, why, r->failed ? ", and this step is not saved" : "", resume_command(r).c_str());
+            }
+            break;
+        }
+        if (end && a->generate > 0) { show_generated(r); }
         if (end) { break; }
         double start = wall_seconds(), lr = learning_rate(a->schedule, a->lr, a->min_lr_frac, r->warmup, step, r->steps);
         if (a->overfit_batch) { loader_rewind(&r->train); }
         topology_forget_sent(&r->topology);
-        run_micro_batches(m, r->batches.data(), r->micro_batches, weight, [=](HostBatch* b, int) { loader_next(&r->train, b->tokens, b->targets); });
+        run_micro_batches(m, r->batches.data(), r->micro_batches, weight, [=](HostBatch* b, int) {
+            watchdog_progress(&watchdog, step, "a micro-batch");
+            loader_next(&r->train, b->tokens, b->targets);
+        });
         settings.rates = AdamRates{(float)lr, (float)a->beta1, (float)a->beta2, (float)a->eps, 0.0f};
         if (device_is_gpu) { show_last(); }  // the device is busy with this step meanwhile
-        finish_step(m, &settings, weight);
+        finish_step(m, &settings, a->global_batch);
         last.waiting = true;
         last.after = after;
         after = true;
@@ -2536,12 +3465,13 @@ static void train(Run* r) {
         last.start = start;
         topology_sent(last.sent, &r->topology);
         if (!device_is_gpu) { show_last(); }
-        if (step == 0 && a->profile) {  // the first step warms up
+        if (step == first && a->profile) {  // the first step warms up
             profiler.on = m->matmul.timing = true;
             stream_sync(m->stream);
             profile_start = wall_seconds();
         }
     }
+    save_wait(r);
     if (r->skipped > 0 && r->topology.world.rank == 0) {
         console_print(&r->console, "%" PRId64 " of %" PRId64 " steps were skipped, %" PRId64 " of them for a loss or gradient that was not finite", r->skipped,
                       r->steps, r->not_finite);
@@ -2550,18 +3480,56 @@ static void train(Run* r) {
         die("the last %" PRId64 " steps had no finite loss or gradient: the model no longer trains; a lower --lr, a longer --warmup or --clip may keep it whole",
             r->not_finite_in_a_row);
     }
-    if (a->profile && r->topology.world.rank == 0 && r->steps > 1) {
+    int64_t timed = m->step - 1;
+    if (a->profile && r->topology.world.rank == 0 && timed > 0) {
         const RankLayout* y = &r->topology.layout;
         if (y->tp * y->pp > 1) { printf("profile of the first rank: of %d that share its layers, stage 1 of %d\n", y->tp, y->pp); }
-        profile_report(stdout, wall_seconds() - profile_start, (int)(r->steps - 1));
+        profile_report(stdout, wall_seconds() - profile_start, (int)timed);
         matmul_time_alone(&m->matmul, m->stream);
-        matmul_report(&m->matmul, stdout, (int)(r->steps - 1));
+        matmul_report(&m->matmul, stdout, (int)timed);
         profile_bytes_alone(stdout, "adamw", optimizer_traffic(&m->optimizer, &m->params), m->stream);
     }
 }
 
+// The trained model for other programs
+static void export_model(Run* r) {
+    const Args* a = &r->args;
+    if (a->export_hf == NULL && a->export_llmc == NULL) { return; }
+    Model* m = &r->model;
+    ModelShape shape = shape_of(&m->config);
+    shape.bos = shape.eos = shape.vocab == 50257 ? 50256 : -1;  // GPT-2's <|endoftext|>
+    if (r->has_source) {
+        shape.bos = r->source.shape.bos;
+        shape.eos = r->source.shape.eos;
+    }
+    DType dtype = export_formats[a->export_dtype];
+    bool writes = r->topology.world.rank == 0;
+    stream_sync(m->stream);
+    WholeBuffers buffers = whole_buffers(m);
+    auto give = [&](const WholeTensor& t) {
+        gather_whole(m, &buffers, &t);
+        return (const float*)buffers.whole.data();
+    };
+    auto written = [&](const char* path) {
+        if (writes) { console_print(&r->console, "the model is in %s, in %s", path, dtype_names[dtype]); }
+    };
+    if (a->export_hf != NULL) {
+        std::string tokenizer = a->hf_tokenizer != NULL ? a->hf_tokenizer : r->has_source && is_folder(r->source.path) ? r->source.path : "";
+        hf_write(a->export_hf, &shape, dtype, tokenizer, writes, give);
+        written(a->export_hf);
+    }
+    if (a->export_llmc != NULL) {
+        llmc_write(a->export_llmc, &shape, dtype, writes, give);
+        written(a->export_llmc);
+    }
+    barrier(&r->topology.world);  // nobody ends before all is written
+}
+
 static void teardown(Run* r) {
     console_end_line(&r->console);
+    watchdog_stop(&watchdog);
+    checkpoints_close(&r->checkpoints);
+    json_object_put(r->resumed);
     model_free(&r->model, &r->memory);
     for (HostBatch& b : r->batches) { host_batch_free(&b); }
     close_data(r);
@@ -2575,10 +3543,12 @@ static void teardown(Run* r) {
 #endif
 int main(int argc, char** argv) {
     signal(SIGPIPE, SIG_IGN);  // a reader that has gone (| head) ends the output, not the training
+    signal(SIGXFSZ, SIG_IGN);  // a file that may not grow fails to be written, which is told
     static Run run;
     setup(&run, argc, argv);
     train(&run);
+    export_model(&run);
     teardown(&run);
-    return 0;
+    return run.failed;
 }
 #undef main

@@ -10,6 +10,9 @@
 //
 // GPUs from Ampere on have kernels of their own for BF16 and the usual head sizes (flash.cuh): no score leaves the chip. With them queries and keys are rotated within
 // qkv, which backward finds rotated, and Σ_j P∘dP is taken as Σ out∘dout: the output has to be kept.
+//
+// To go on from a sequence token by token (attention_keep, then attention_of_token), its rows of qkv are the keys and values, the keys rotated: one query attends
+// to them, a Team a head.
 #pragma once
 #include "device.cuh"
 #include "flash.cuh"
@@ -26,6 +29,7 @@ struct Attention {
     bool rope;            // rotary positions
     const float* rotary;  // (2, T, hs/2) cos, then sin; NULL without RoPE
     float* delta;         // (B, heads, T) workspace of flash.cuh
+    float* token_scores;  // (heads, T) workspace of attention_of_token
     // workspace of one sequence and block
     void* q;              // (T, 2C) rotated queries and keys, of act; unused without rotation
     float* scores;        // (heads, block, T)
@@ -40,6 +44,7 @@ static inline int attention_block(int T) { return min_of(T, ATTENTION_BLOCK); }
 static inline void attention_allocate(Attention* a, Memory* memory) {
     size_t C = (size_t)a->heads * a->head_size, bytes = (size_t)dtype_bytes(a->act);
     size_t block = (size_t)a->heads * attention_block(a->T) * a->T;
+    a->token_scores = memory_take<float>(memory, WORKSPACE, (size_t)a->heads * a->T);
     a->delta = memory_take<float>(memory, WORKSPACE, a->flash ? (size_t)a->B * a->heads * a->T : 0);
     if (a->flash) { return; }
     a->q = memory_take(memory, WORKSPACE, a->rope ? a->T * 2 * C : 0, bytes);
@@ -84,19 +89,19 @@ template <class T> struct RotateForward {  // out (T, 2C): rotated queries and k
     }
 };
 
-struct RotateInPlace {  // queries and keys of qkv (B·T, 3C); a row is a token
-    bf16* qkv;
+template <class X> struct RotateInPlace {  // queries and keys of qkv (B·T, 3C); a row is a token
+    X* qkv;
     const float* cosine;  // (T, hs/2)
     const float* sine;    // (T, hs/2)
     int T, heads, head_size;
     template <class Team> DEVICE void operator()(Team full, int row) const {
         int half = head_size / 2, hs = head_size, t = row % T;
-        bf16* x = qkv + (size_t)row * 3 * (size_t)(heads * hs);
+        X* x = qkv + (size_t)row * 3 * (size_t)(heads * hs);
         const float* cs = cosine + (size_t)t * half;
         const float* sn = sine + (size_t)t * half;
         Team team = full.strided(half);  // a pack lies within a head's half
         team.each(2 * heads * half, [=](auto c) {
-            bf16* y = x + c.i / (size_t)half * (size_t)hs;
+            X* y = x + c.i / (size_t)half * (size_t)hs;
             auto at = c;
             at.i = c.i % (size_t)half;
             auto a = load(y, at), b = load(y + half, at), co = load(cs, at), si = load(sn, at);
@@ -335,7 +340,7 @@ static inline void attention_forward(Attention* a, Matmul* mm, void* out, float*
     if (a->flash) {
         if (a->rope) {
             const float* sine = a->rotary + (size_t)a->T * (size_t)(a->head_size / 2);
-            run_rows(RotateInPlace{(bf16*)qkv, a->rotary, sine, a->T, a->heads, a->head_size}, B * a->T, s);
+            run_rows(RotateInPlace<bf16>{(bf16*)qkv, a->rotary, sine, a->T, a->heads, a->head_size}, B * a->T, s);
         }
         flash_forward((bf16*)out, lse, (const bf16*)qkv, true, B, a->T, a->heads, a->head_size, s);
         return;
@@ -358,4 +363,95 @@ static inline void attention_backward(Attention* a, Matmul* mm, void* dqkv, cons
     (void)out;
     if (a->act == FP32) { attention_backward_as(a, mm, (float*)dqkv, (const float*)dout, (const float*)qkv, lse, B, s); }
     else { attention_backward_as(a, mm, (bf16*)dqkv, (const bf16*)dout, (const bf16*)qkv, lse, B, s); }
+}
+
+// ---- one token after others ----
+
+template <class T> struct AppendToken {  // a token's row of qkv from x (3C), its query and key rotated
+    T* qkv;               // (3C)
+    const T* x;
+    const float* cosine;  // (hs/2) of its position, or NULL
+    const float* sine;
+    int heads, head_size;
+    template <class Team> DEVICE void operator()(Team full, int) const {
+        int half = head_size / 2, hs = head_size, C = heads * hs;
+        T* y = qkv;
+        const T* from = x;
+        const float *cs = cosine, *sn = sine;
+        if (cs == NULL) {
+            full.strided(C).each(3 * C, [=](auto c) { store_raw(y, c, load_raw(from, c)); });
+            return;
+        }
+        Team team = full.strided(half);  // a pack lies within a head's half
+        team.each(2 * heads * half, [=](auto c) {
+            size_t head = c.i / (size_t)half * (size_t)hs;
+            auto at = c;
+            at.i = c.i % (size_t)half;
+            auto a = load(from + head, at), b = load(from + head + half, at), co = load(cs, at), si = load(sn, at);
+            store(y + head, at, a * co - b * si);
+            store(y + head + half, at, b * co + a * si);
+        });
+        team.each(C, [=](auto c) { store_raw(y + 2 * C, c, load_raw(from + 2 * C, c)); });
+    }
+};
+
+template <class T> struct AttendToken {  // a row is a head of the query at `position`, which attends to the keys up to its own
+    T* out;               // (rows, C) all rows alike
+    const T* qkv;         // (T, 3C) rotated
+    float* scores;        // (heads, T_)
+    float factor;         // 1/√hs
+    int position, rows, T_, heads, head_size;
+    template <class Team> DEVICE void operator()(Team full, int head) const {
+        Team team = full.unaligned();  // a thread a key, then a thread a channel
+        int n = position + 1, hs = head_size, C = heads * hs, copies = rows;
+        float* s = scores + (size_t)head * T_;
+        const T* q = qkv + (size_t)position * 3 * C + (size_t)head * hs;
+        const T* k = qkv + C + (size_t)head * hs;
+        const T* v = k + C;
+        float by = factor;
+        team.each(n, [=](auto c) {
+            const T* key = k + c.i * 3 * (size_t)C;
+            float dot = 0.0f;
+            for (int d = 0; d < hs; d++) { dot += to_float(q[d]) * to_float(key[d]); }
+            s[c.i] = dot * by;
+        });
+        float top = team.max(n, [=](auto c) { return load(s, c); });
+        float total = team.sum(n, [=](auto c) {
+            auto p = exp_of(load(s, c) - top);
+            store(s, c, p);
+            return p;
+        });
+        team.sync();
+        float inverse = 1.0f / total;
+        T* o = out + (size_t)head * hs;
+        team.each(hs, [=](auto c) {
+            float sum = 0.0f;
+            for (int i = 0; i < n; i++) { sum += s[i] * to_float(v[(size_t)i * 3 * C + c.i]); }
+            for (int r = 0; r < copies; r++) { store(o + (size_t)r * C, c, splat(c, sum * inverse)); }
+        });
+    }
+};
+
+template <class T> static inline void attention_of_token_as(const Attention* a, T* out, T* qkv, const T* x, int position, int rows, Stream s) {
+    size_t half = (size_t)a->head_size / 2;
+    const float* cosine = a->rope ? a->rotary + (size_t)position * half : NULL;
+    const float* sine = a->rope ? cosine + (size_t)a->T * half : NULL;
+    T* own = qkv + (size_t)position * 3 * (size_t)(a->heads * a->head_size);
+    run_rows(AppendToken<T>{own, x, cosine, sine, a->heads, a->head_size}, 1, s);
+    run_rows(AttendToken<T>{out, qkv, a->token_scores, 1.0f / sqrtf((float)a->head_size), position, rows, a->T, a->heads, a->head_size}, a->heads, s);
+}
+
+// After a forward pass over one sequence: qkv (T, 3C) as attention_of_token wants it
+static inline void attention_keep(const Attention* a, void* qkv, Stream s) {
+    if (a->flash || !a->rope) { return; }
+    const float* sine = a->rotary + (size_t)a->T * (size_t)(a->head_size / 2);
+    if (a->act == FP32) { run_rows(RotateInPlace<float>{(float*)qkv, a->rotary, sine, a->T, a->heads, a->head_size}, a->T, s); }
+    else { run_rows(RotateInPlace<bf16>{(bf16*)qkv, a->rotary, sine, a->T, a->heads, a->head_size}, a->T, s); }
+}
+
+// out (rows, C), all rows alike, for the token at `position` of a sequence, whose qkv is x (3C); it joins qkv (T, 3C), where those before it are
+static inline void attention_of_token(const Attention* a, void* out, void* qkv, const void* x, int position, int rows, Stream s) {
+    ProfileScope scope("attention forward");
+    if (a->act == FP32) { attention_of_token_as(a, (float*)out, (float*)qkv, (const float*)x, position, rows, s); }
+    else { attention_of_token_as(a, (bf16*)out, (bf16*)qkv, (const bf16*)x, position, rows, s); }
 }

@@ -93,6 +93,19 @@ static inline void* host_alloc(size_t bytes) {
     return p;
 }
 
+// What the system can give without swapping: free pages and the caches that it would drop
+static inline size_t host_memory_free(void) {
+    size_t bytes = (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE), kib;
+    FILE* f = fopen("/proc/meminfo", "r");
+    if (f == NULL) { return bytes; }
+    char line[128];
+    while (fgets(line, sizeof(line), f) != NULL) {
+        if (sscanf(line, "MemAvailable: %zu kB", &kib) == 1) { bytes = kib * 1024; break; }
+    }
+    fclose(f);
+    return bytes;
+}
+
 // A bijection of 64-bit words in which every input bit moves every output bit (splitmix64's finaliser)
 static inline uint64_t mix64(uint64_t z) {
     z += 0x9e3779b97f4a7c15ull;

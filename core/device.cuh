@@ -96,6 +96,13 @@ static inline void device_name(char* name, size_t size) {
 }
 // Host memory that the device can write to while the host goes on
 static inline void* pinned_alloc(size_t bytes) { void* p = NULL; CUDA_CHECK(cudaMallocHost(&p, bytes > 0 ? bytes : 1)); return p; }
+// NULL: there is none left
+static inline void* pinned_alloc_or_null(size_t bytes) {
+    void* p = NULL;
+    if (cudaMallocHost(&p, bytes > 0 ? bytes : 1) == cudaSuccess) { return p; }
+    cudaGetLastError();  // it is dealt with
+    return NULL;
+}
 static inline void pinned_free(void* p) { CUDA_CHECK(cudaFreeHost(p)); }
 static inline void copy_to_pinned(void* pinned, const void* d, size_t bytes, Stream s) {
     CUDA_CHECK(cudaMemcpyAsync(pinned, d, bytes, cudaMemcpyDeviceToHost, s));
@@ -155,6 +162,7 @@ static inline void stream_destroy(Stream) {}
 static inline void stream_sync(Stream) {}
 static inline void device_wait(void) {}
 static inline void* pinned_alloc(size_t bytes) { return host_alloc(bytes); }
+static inline void* pinned_alloc_or_null(size_t bytes) { return malloc(bytes > 0 ? bytes : 1); }
 static inline void pinned_free(void* p) { free(p); }
 static inline void copy_to_pinned(void* pinned, const void* d, size_t bytes, Stream) { memcpy(pinned, d, bytes); }
 typedef struct CpuEvent* Event;
@@ -170,18 +178,7 @@ static inline void graph_begin(Stream) {}
 static inline Graph graph_end(Stream) { return NULL; }
 static inline void graph_launch(Graph, Stream) {}
 static inline void graph_free(Graph) {}
-// What the system can give without swapping: free pages and the caches that it would drop
-static inline size_t device_memory_free(void) {
-    size_t bytes = (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE), kib;
-    FILE* f = fopen("/proc/meminfo", "r");
-    if (f == NULL) { return bytes; }
-    char line[128];
-    while (fgets(line, sizeof(line), f) != NULL) {
-        if (sscanf(line, "MemAvailable: %zu kB", &kib) == 1) { bytes = kib * 1024; break; }
-    }
-    fclose(f);
-    return bytes;
-}
+static inline size_t device_memory_free(void) { return host_memory_free(); }
 static inline void device_name(char* name, size_t size) {
     snprintf(name, size, "CPU");
     FILE* f = fopen("/proc/cpuinfo", "r");

@@ -29,6 +29,7 @@
 #include <fcntl.h>
 #include <float.h>
 #include <json-c/json.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -94,16 +95,32 @@ static inline int drop_torn_line(int fd) {
     return ftruncate(fd, end) == 0 ? 0 : errno;
 }
 
-// Opens DIR/log.jsonl: from empty, or after its last whole line.
+// Opens DIR/log.jsonl: from empty, or after its last whole line. Whoever has it open has the folder to himself
 static inline Log log_open(const char* flag, const char* directory, bool append) {
     Log log = no_log();
     size_t size = strlen(directory) + sizeof("/log.jsonl");
     log.path = (char*)host_alloc(size);
     snprintf(log.path, size, "%s/log.jsonl", directory);
-    log.fd = open(log.path, O_CREAT | O_RDWR | O_APPEND | O_CLOEXEC | (append ? 0 : O_TRUNC), 0666);
-    int error = log.fd < 0 ? errno : append ? drop_torn_line(log.fd) : 0;
+    log.fd = open(log.path, O_CREAT | O_RDWR | O_APPEND | O_CLOEXEC, 0666);
+    if (log.fd >= 0 && flock(log.fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {  // not on every file system
+        die("%s: another run is writing to '%s'; wait for its end, or give this one another folder", flag, directory);
+    }
+    int error = log.fd < 0 ? errno : append ? drop_torn_line(log.fd) : ftruncate(log.fd, 0) != 0 && errno != EINVAL ? errno : 0;
     if (error != 0) { bad_input("%s: cannot open '%s': %s", flag, log.path, strerror(error)); }
     return log;
+}
+
+// Bytes so far
+static inline int64_t log_size(const Log* log) {
+    struct stat status;
+    return log->fd >= 0 && fstat(log->fd, &status) == 0 ? (int64_t)status.st_size : 0;
+}
+
+// Takes away what was logged after the first `bytes`: of steps that are done again
+static inline void log_cut(Log* log, int64_t bytes) {
+    if (log->fd < 0 || log_size(log) <= bytes) { return; }
+    int error = ftruncate(log->fd, (off_t)bytes) != 0 ? errno : drop_torn_line(log->fd);
+    if (error != 0) { bad_input("--output-dir: '%s' cannot be cut to %" PRId64 " bytes, where the checkpoint was written: %s", log->path, bytes, strerror(error)); }
 }
 
 static inline void log_close(Log* log) {
@@ -321,7 +338,7 @@ static inline void log_row(FILE* file, const char* name, int width, const char* 
     fputc('\n', file);
 }
 
-constexpr int TABLE_ROWS = 80;
+constexpr int TABLE_ROWS = 128;
 
 // Rows whose values are formatted here; a row without a value is a heading
 struct Table {

@@ -442,7 +442,11 @@ static inline double kernel_time(Matmul* mm, MatmulEntry* entry, const MatmulCal
 #include "matmul_cublaslt.cuh"
 #else
 #include "matmul_onednn.h"
-static inline std::string backend_device(void) { return "cpu"; }  // oneDNN has one algorithm a shape
+static inline std::string backend_device(void) {
+    const dnnl_version_t* v = dnnl_version();
+    return choice_device("oneDNN", (uint64_t)(v->major * 10000 + v->minor * 100 + v->patch));
+}
+// It has one algorithm a shape
 static inline int kernel_algorithms(const MatmulKernel*) { return 0; }
 static inline MatmulAlgorithm kernel_algorithm(const MatmulKernel*, int) { return MatmulAlgorithm{}; }
 static inline bool kernel_take(Matmul*, MatmulEntry*, const MatmulAlgorithm*) { return false; }

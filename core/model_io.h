@@ -1,12 +1,10 @@
-// model_io.h: weights from other programs' files.
+// model_io.h: llm.c's models, read and written.
 //
-// llm.c's model.bin, version 3 (FP32) and 5 (BF16), little-endian: 256 int32 of header ([0]=20240326, [1]=version, [2]=positions, [3]=vocabulary,
+// A model.bin, version 3 (FP32) and 5 (BF16), little-endian: 256 int32 of header ([0]=20240326, [1]=version, [2]=positions, [3]=vocabulary,
 // [4]=layers, [5]=heads, [6]=width, [7]=padded vocabulary), then 16 tensors, each with all its layers together, row-major (out, in). It is a GPT-2:
 // learned positions, tied head. Rows of wte beyond the vocabulary are padding and are not read.
 #pragma once
-#include "params.h"
-#include <fcntl.h>
-#include <sys/stat.h>
+#include "weights.h"
 
 constexpr int LLMC_HEADER = 256;  // int32
 constexpr int32_t LLMC_MAGIC = 20240326;
@@ -80,7 +78,7 @@ static inline LlmcModel llmc_open(const char* flag, const char* path) {
 
 // values (rows, cols) of this rank's share of one parameter as float32: rows beyond the file's are zero.
 static inline void llmc_read(float* values, const LlmcModel* m, const Param* p) {
-    const char* name = strchr(p->name, '.') != NULL ? strchr(p->name, '.') + 1 : p->name;
+    const char* name = name_in_layer(p->name);
     LlmcTensor tensors[LLMC_TENSORS];
     llmc_tensors(tensors, m);
     int64_t first = 0;
@@ -116,4 +114,72 @@ static inline void llmc_read(float* values, const LlmcModel* m, const Param* p) 
 static inline void llmc_close(LlmcModel* m) {
     close(m->fd);
     m->fd = -1;
+}
+
+// ---- as a source of weights ----
+
+static inline WeightSource llmc_source(const char* flag, const char* path) {
+    LlmcModel* m = new LlmcModel(llmc_open(flag, path));
+    WeightSource s = {};
+    s.shape = ModelShape{m->layers, m->heads, m->width, m->vocab, m->positions, false, true, -1, -1};
+    s.path = path;
+    s.file = m;
+    s.read = [](float* values, const void* file, const Param* p) { llmc_read(values, (const LlmcModel*)file, p); };
+    s.close = [](void* file) {
+        llmc_close((LlmcModel*)file);
+        delete (LlmcModel*)file;
+    };
+    return s;
+}
+
+// ---- writing ----
+
+// Refuses what llm.c's format has no place for, and to write over a file that is no llm.c model; before anything is allocated
+static inline void llmc_require_writable(const char* flag, const char* path, const ModelShape* s, DType dtype) {
+    if (s->rope) { bad_input("%s: llm.c's models have learned positions, and this one rotary ones; take --export-hf", flag); }
+    if (!s->tied) { bad_input("%s: in llm.c's models the head is the token embedding, and this one has a head of its own; take --export-hf", flag); }
+    if (dtype == FP16) { bad_input("%s: llm.c's models are in fp32 or bf16, not in --export-dtype fp16", flag); }
+    std::string folder = folder_of(path);
+    if (access(folder.c_str(), W_OK) != 0) { bad_input("%s: cannot write to the folder '%s': %s", flag, folder.c_str(), strerror(errno)); }
+    if (access(path, F_OK) == 0) {
+        struct stat status;
+        int32_t magic = 0;
+        int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+        bool ours = fd >= 0 && fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && pread(fd, &magic, sizeof(magic), 0) == (ssize_t)sizeof(magic);
+        if (fd >= 0) { close(fd); }
+        if (!ours || magic != LLMC_MAGIC) { bad_input("%s: '%s' is there and is no llm.c model; give another name, or remove it", flag, path); }
+    }
+}
+
+// Version 3 (FP32) or 5 (BF16). All ranks call this: `give` takes all of them; `writes`: this one has the file
+static inline void llmc_write(const char* path, const ModelShape* s, DType dtype, bool writes, const GiveTensor& give) {
+    LlmcModel m = {};
+    m.positions = s->positions;
+    m.width = s->width;
+    m.padded_vocab = round_up(s->vocab, 128);  // as llm.c has it, whatever this run's is
+    LlmcTensor tensors[LLMC_TENSORS];
+    llmc_tensors(tensors, &m);
+    std::string name = name_beside(path, "unfinished");
+    OutFile f;
+    std::vector<char> codes;
+    if (writes) {
+        int32_t h[LLMC_HEADER] = {LLMC_MAGIC, dtype == FP32 ? 3 : 5, s->positions, s->vocab, s->layers, s->heads, s->width, m.padded_vocab};
+        f = out_create(name);
+        out_write(&f, h, sizeof(h));
+    }
+    for (const LlmcTensor& wanted : tensors) {  // all layers of one tensor together
+        each_whole_tensor(s, [&](const WholeTensor& t) {
+            if (strcmp(name_in_layer(t.name), wanted.name) != 0) { return; }
+            const float* values = give(t);
+            if (!writes) { return; }
+            codes.assign((size_t)wanted.elements * (size_t)dtype_bytes(dtype), 0);  // the vocabulary's padding is zero
+            codes_from_values(codes.data(), dtype, values, t.rows * t.cols, [](int64_t i) { return i; });
+            out_write(&f, codes.data(), codes.size());
+        });
+    }
+    if (!writes) { return; }
+    out_close(&f);
+    out_rename(name, path);
+    out_unfinished.clear();
+    out_sync_folder(folder_of(path));
 }

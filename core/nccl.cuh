@@ -5,9 +5,12 @@
 // ever. Whoever gives up ends all ranks (die), so no rank is left waiting in a kernel for one that has gone.
 #pragma once
 #include "device.cuh"
+#include <mutex>
 #include <nccl.h>
 #include <sched.h>
+#include <string>
 #include <time.h>
+#include <vector>
 #if NCCL_VERSION_CODE < 21400
 #error "NCCL 2.14 or later is needed: earlier ones have no non-blocking communicators"
 #endif
@@ -51,16 +54,39 @@ static inline ncclUniqueId nccl_unique_id(void) {
     return id;
 }
 
+inline std::mutex nccl_lock;                    // a watching thread looks at these
+inline std::vector<ncclComm_t> nccl_connected;
+
 static inline ncclComm_t nccl_connect(ncclUniqueId id, int size, int rank) {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
     ncclComm_t comm = NULL;
     nccl_check(ncclCommInitRankConfig(&comm, size, id, rank, &config), comm, "ncclCommInitRankConfig", __FILE__, __LINE__);
     nccl_settle(comm, "ncclCommInitRankConfig", __FILE__, __LINE__);
+    std::lock_guard<std::mutex> held(nccl_lock);
+    nccl_connected.push_back(comm);
     return comm;
 }
 
+// What has gone wrong in the background since; "": nothing. The training thread, which may wait for a GPU that waits for another rank, would not hear of it
+static inline std::string nccl_trouble(void) {
+    std::lock_guard<std::mutex> held(nccl_lock);
+    for (ncclComm_t comm : nccl_connected) {
+        ncclResult_t state = ncclSuccess;
+        ncclResult_t asked = ncclCommGetAsyncError(comm, &state);
+        if (asked != ncclSuccess) { state = asked; }
+        if (state != ncclSuccess && state != ncclInProgress) { return std::string("NCCL: ") + ncclGetErrorString(state) + " (" + ncclGetLastError(comm) + "); NCCL_DEBUG=INFO tells more"; }
+    }
+    return "";
+}
+
 static inline void nccl_disconnect(ncclComm_t comm) {
+    {
+        std::lock_guard<std::mutex> held(nccl_lock);
+        for (size_t i = 0; i < nccl_connected.size(); i++) {
+            if (nccl_connected[i] == comm) { nccl_connected.erase(nccl_connected.begin() + (long)i); break; }
+        }
+    }
     NCCL_CALL(comm, ncclCommFinalize(comm));
     nccl_check(ncclCommDestroy(comm), NULL, "ncclCommDestroy", __FILE__, __LINE__);
 }

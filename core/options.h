@@ -23,6 +23,7 @@
 #pragma once
 #include "common.h"  // bad_input, die
 #include <ctype.h>
+#include <string>
 #include <float.h>
 #include <sys/ioctl.h>
 
@@ -156,6 +157,15 @@ static inline OptionText quoted(const char* text) {
     for (size_t i = 0; i < length; i++) { q.text[n++] = iscntrl((unsigned char)text[i]) ? '?' : text[i]; }
     snprintf(q.text + n, sizeof(q.text) - n, "'%s", cut ? "…" : "");
     return q;
+}
+
+// A word of a command as a shell reads it
+static inline std::string shell_word(const char* text) {
+    static const char* const plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:=,+@%";
+    if (text[0] != '\0' && strspn(text, plain) == strlen(text)) { return text; }
+    std::string word = "'";
+    for (const char* c = text; *c != '\0'; c++) { word += *c == '\'' ? std::string("'\\''") : std::string(1, *c); }
+    return word + "'";
 }
 
 // The shortest text that reads back as the same double; 1e-8 rather than 1e-08.

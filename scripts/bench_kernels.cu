@@ -92,7 +92,7 @@ static void kernels(Bench* b, const char* shape, int rows, int C, int vocab) {
         produce(Tensor{t8(4), E5M2, b->slot + 4, t8(4), rows}, partial, [=](auto) { return GeluGradSource<bf16>{dy, x}; }, BF16, q, NULL, rows, 4 * C, b->stream);
         finish_columns(grad, partial, strips_of(rows), 4 * C, false, b->stream);
     });
-    show(b, "rotation of queries and keys", 8.0 * n, [&] { run_rows(RotateInPlace{t16(3), b->small, b->small, 1024, C / 64, 64}, rows, b->stream); });
+    show(b, "rotation of queries and keys", 8.0 * n, [&] { run_rows(RotateInPlace<bf16>{t16(3), b->small, b->small, 1024, C / 64, 64}, rows, b->stream); });
     int head = 1024;
     double logits = (double)head * vocab;
     show(b, "loss and its gradient", 6.0 * logits, [&] {

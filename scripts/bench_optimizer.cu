@@ -24,7 +24,8 @@ struct BenchTensor {
     ParamTable table;
     Memory memory;
     Optimizer optimizer;
-    float *slots, *loss;
+    float* slots;
+    LossShare* loss;
 };
 
 static void allocate(BenchTensor* t) {
@@ -34,7 +35,7 @@ static void allocate(BenchTensor* t) {
     p->slot = memory_take<float>(&t->memory, WEIGHTS, 4);
     p->grad = memory_take(&t->memory, GRADIENTS, n, (size_t)dtype_bytes(p->grad_dtype));
     t->slots = p->grad_slot = memory_take<float>(&t->memory, GRADIENTS, 4);
-    t->loss = memory_take<float>(&t->memory, GRADIENTS, 1);
+    t->loss = memory_take<LossShare>(&t->memory, GRADIENTS, 1);
     optimizer_allocate(&t->optimizer, &t->table, false, &t->memory);
 }
 
@@ -68,7 +69,7 @@ static BenchTensor* create(const BenchRow* row, int64_t rows, Stream s) {
         typedef typename decltype(tag)::type G;
         run_rows(QuantiseGradient<G, float>{(G*)p->grad, device, NULL, NULL, NULL, n}, pieces_of(n), s);
     });
-    float loss = 1.0f;
+    LossShare loss = {1.0, 1.0};
     copy_to_device(t->loss, &loss, sizeof(loss), s);
     stream_sync(s);
     device_free(device);
@@ -77,7 +78,7 @@ static BenchTensor* create(const BenchRow* row, int64_t rows, Stream s) {
 }
 
 static double update_seconds(BenchTensor* t, Stream s) {
-    optimizer_decide(&t->optimizer, &t->table, t->slots, t->loss, DecisionRules{0.9, 0.95, 1.0f, 0.0f, 0.0f}, s);
+    optimizer_decide(&t->optimizer, &t->table, t->slots, t->loss, 1, DecisionRules{0.9, 0.95, 1.0f, 0.0f, 0.0f}, s);
     stream_sync(s);
     double start = wall_seconds();
     optimizer_update(&t->optimizer, &t->table, AdamRates{1e-3f, 0.9f, 0.95f, 1e-8f, 0.0f}, 0.1f, s);

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# detect.sh: finds what the build stands on (device, compilers, MPI, NCCL, CUDA, oneDNN, json-c) and writes it to BUILD/config.mk.
+# detect.sh: finds what the build stands on (device, compilers, MPI, NCCL, CUDA, oneDNN, json-c, xxhash) and writes it to BUILD/config.mk.
 #
 #   detect.sh         writes BUILD/config.mk where anything that decides it has changed, and prints its name (the Makefile includes it)
 #   detect.sh nvcc    prints the nvcc that would be used; fails when there is none
@@ -169,7 +169,7 @@ key=$({
     printf '%s\n' "$gpu_arch" "$cuda" "$cuda_headers" "${NCCL_HOME:-}" "$wheel"
     {
         printf '%s\n' "$0" "$nvcc" ${cuda_headers:+"$cuda_headers/cuda_fp8.h"} \
-            /usr/include/oneapi/dnnl/dnnl_version.h /usr/include/json-c/json_c_version.h
+            /usr/include/oneapi/dnnl/dnnl_version.h /usr/include/json-c/json_c_version.h /usr/include/xxhash.h
         command -v "${cxx_words[0]}" || true
         command -v "$mpicc" || true
         command -v pkg-config || true
@@ -208,6 +208,12 @@ elif trial "$json_program" "${cflags[@]}" "${libs[@]}"; then
 else
     fail "json-c does not compile and link with ${cxx_words[0]} ($(first_error)): install libjson-c-dev (scripts/setup.sh does)"
 fi
+
+# -------- xxhash: its header alone --------
+trial '#define XXH_INLINE_ALL
+#include <xxhash.h>
+int main() { return (int)XXH3_128bits("", 0).low64 == 0; }' \
+    || fail "xxhash does not compile with ${cxx_words[0]} ($(first_error)): install libxxhash-dev (scripts/setup.sh does)"
 
 # -------- MPI --------
 # Open MPI answers --showme, MPICH and its kin -compile_info and -link_info. Of the answer we take paths, macros and libraries.

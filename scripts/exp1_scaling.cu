@@ -421,7 +421,7 @@ static void write_rows(Experiment* x, FILE* csv, int64_t step, bool last) {
 static void gradients_of_step(Experiment* x, float* sums, float weight) {
     Run* r = x->run;
     Model* m = &r->model;
-    double loss = 0.0;
+    LossTotal loss = {};
     memset(sums, 0, m->params.elements * sizeof(float));
     for (int k = 0; k < r->micro_batches; k++) {
         HostBatch* batch = &r->batches[0];
@@ -429,7 +429,8 @@ static void gradients_of_step(Experiment* x, float* sums, float weight) {
         step_begin(m);
         micro_forward(m, batch, 0);
         micro_backward(m, batch, 0, false, weight);
-        loss += *m->loss_total;
+        loss.loss += m->loss_total->loss;
+        loss.counted += m->loss_total->counted;
         for (int i = 0; i < m->params.count; i++) {
             const Param* p = &m->params.items[i];
             const float* g = (const float*)p->accumulator;
@@ -453,7 +454,7 @@ static void train_and_probe(Experiment* x, FILE* csv, int64_t probe_every) {
     StepSettings settings = {};
     settings.rules = DecisionRules{a->beta1, a->beta2, (float)a->clip, 0.0f, 0.0f};
     settings.weight_decay = (float)a->weight_decay;
-    float weight = (float)(1.0 / (double)a->global_batch);
+    float weight = token_weight(a->global_batch);
     float* sums = (float*)device_alloc(m->params.elements * sizeof(float));
     for (int64_t step = 0; step < r->steps; step++) {
         double start = wall_seconds(), lr = learning_rate(a->schedule, a->lr, a->min_lr_frac, r->warmup, step, r->steps);
@@ -464,7 +465,7 @@ static void train_and_probe(Experiment* x, FILE* csv, int64_t probe_every) {
         if (x->real) { measure_real(x, probe); } else { measure_virtual(x, probe, last); }
         if (probe) { write_rows(x, csv, step, last); }
         settings.rates = AdamRates{(float)lr, (float)a->beta1, (float)a->beta2, (float)a->eps, 0.0f};
-        finish_step(m, &settings, weight);
+        finish_step(m, &settings, a->global_batch);
         StepRecord record = read_record(m);
         if (record.skipped != NOT_SKIPPED) { die("step %" PRId64 " was skipped: %s", step + 1, skip_names[record.skipped]); }
         uint64_t sent[COMM_OPERATIONS];

@@ -28,6 +28,7 @@ g++             needed command:g++                        compiles the trainer a
 make            needed command:make                       runs the build
 libdnnl-dev     needed header:oneapi/dnnl/dnnl.hpp        oneDNN: the matrix products on CPUs
 libjson-c-dev   needed header:json-c/json.h               reads and writes JSON: logs, checkpoints, model files
+libxxhash-dev   needed header:xxhash.h                    XXH3: the checksums of checkpoints
 libcmocka-dev   tests  header:cmocka.h                    the unit tests stand on it
 bats            tests  command:bats                       runs the end-to-end tests
 libopenmpi-dev  wished command:mpicc                      lets several processes train together

@@ -7,6 +7,8 @@
 #
 # Some programs are built a second time as simt_NAME, with the kernels' form for GPUs, emulated on the CPU (test/simt.h).
 #
+# Two programs run at a time, as most have work for one core only (JOBS=1: one); a line comes when its program has ended.
+#
 # The tests are those of the CPU build on every machine: they look into memory that on a GPU is the device's, and train widths that its FP8
 # units refuse. Where nvcc is present the CUDA build is compiled and linked too, and is a test of its own (cuda-build). ./train_gpt_fp8 is
 # left as it is: the end-to-end tests run the binary of the build folder.
@@ -14,7 +16,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 passed=0 failed=0 skipped=0
-seconds_each=300
+seconds_each=600
 skip_line='^(not )?ok [0-9]+ .*# (skip|SKIP)'
 if [ -n "${SOAK:-}" ]; then
     seconds_each=21600
@@ -30,8 +32,10 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait by spinni
 export LC_ALL=C
 
 scripts/setup.sh --check || scripts/setup.sh
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+logs=$(mktemp -d)
+log=$logs/make
+jobs=${JOBS:-$((cores < 2 ? 1 : 2))}
+trap 'rm -rf "$logs"' EXIT
 
 wanted() {
     local name
@@ -51,11 +55,40 @@ fail() {
     say "not ok" "$1" "$2"
 }
 
-# run NAME COMMAND…: runs one test program and counts the TAP lines it prints.
-run() {
-    local name=$1 status=0 start=$SECONDS planned ok not_ok skip ran why='' words
+# begin PROGRAM COMMAND…: runs one test program in the background, once there is room for it. PROGRAM is NAME or NAME.bats: there may be both
+begun=()
+begin() {
+    local program=$1
     shift
-    { timeout -k 10 "$seconds_each" "$@" > "$log" 2>&1 < /dev/null; } 2> /dev/null || status=$? # bash itself has no word on crashes
+    while (($(jobs -rp | wc -l) >= jobs)); do
+        wait -n || true
+        tell
+    done
+    begun+=("$program")
+    (
+        status=0 start=$SECONDS
+        { timeout -k 10 "$seconds_each" "$@" > "$logs/$program" 2>&1 < /dev/null; } 2> /dev/null || status=$? # bash itself has no word on crashes
+        echo "$status $((SECONDS - start))" > "$logs/$program.end"
+    ) &
+}
+
+# tell: of those that have ended meanwhile
+tell() {
+    local program running=()
+    for program in "${begun[@]}"; do
+        if [ -s "$logs/$program.end" ]; then count "$program"; else running+=("$program"); fi
+    done
+    begun=("${running[@]}")
+}
+
+# count PROGRAM: counts the TAP lines of a program that has ended, and tells of it
+count() {
+    local name=${1%.bats} status seconds planned ok not_ok skip ran why='' words log=$logs/$1
+    read -r status seconds < "$log.end"
+    if [ "$name" = cuda-build ]; then
+        cuda_counted "$status" "$seconds"
+        return
+    fi
     planned=$(awk '/^1\.\.[0-9]+/ { n += substr($1, 4) } END { print n + 0 }' "$log")
     # bats marks a skipped test "ok 2 name # skip why", cmocka "not ok 2 # SKIP name"
     skip=$(grep -cE "$skip_line" "$log" || true)
@@ -77,7 +110,7 @@ run() {
     words="$ok passed"
     ((not_ok == 0)) || words+=", $not_ok failed"
     ((skip == 0)) || words+=", $skip skipped"
-    words+=", $((SECONDS - start)) s"
+    words+=", $seconds s"
     if [ -n "$why" ]; then
         fail "$name" "$why ($words)"
     elif ((not_ok > 0)); then
@@ -93,15 +126,20 @@ run() {
     [ -z "${SOAK:-}" ] || sed -n 's/^# /    /p' "$log" # what the long runs have measured
 }
 
-# cuda_build: does the whole CUDA build compile and link? (Not to be asked where it is what we are testing anyway.)
-cuda_build() {
-    local start=$SECONDS
+# Does the whole CUDA build compile and link? (Not to be asked where it is what we are testing anyway.)
+cuda_begin() {
     if ! scripts/detect.sh nvcc > /dev/null 2>&1; then
         skipped=$((skipped + 1))
         say skip cuda-build "no nvcc here: the CUDA build is not compiled"
-    elif make -s DEVICE=cuda BUILD=build/cuda SANITIZE= binary > "$log" 2>&1; then
+        return
+    fi
+    begin cuda-build make -s DEVICE=cuda BUILD=build/cuda SANITIZE= binary
+}
+cuda_counted() { # STATUS SECONDS
+    local log=$logs/cuda-build
+    if [ "$1" = 0 ]; then
         passed=$((passed + 1))
-        say ok cuda-build "compiles and links, $((SECONDS - start)) s"
+        say ok cuda-build "compiles and links, $2 s"
         sed 's/^/    /' "$log" # warnings
     elif grep -q 'does not know sm_' "$log"; then
         skipped=$((skipped + 1))
@@ -147,10 +185,14 @@ sed 's/^/    /' "$log" # silent when all is well; warnings and errors are for ev
 [ -x "$TRAIN" ] || fail train_gpt_fp8 "does not build"
 echo "built in $((SECONDS - start)) s"
 
+export CMOCKA_MESSAGE_OUTPUT=TAP
+if [ "$DEVICE" = cpu ] && wanted cuda-build; then
+    cuda_begin # the longest of all
+fi
 for program in "${programs[@]}"; do
     name=$(basename "$program")
     if [ -x "$program" ]; then
-        CMOCKA_MESSAGE_OUTPUT=TAP run "$name" "$program"
+        begin "$name" "$program"
     else
         fail "$name" "does not build"
     fi
@@ -158,12 +200,15 @@ done
 for source in test/*.bats; do
     name=$(basename "$source" .bats)
     if [ -e "$source" ] && wanted "$name"; then
-        run "$name" bats --tap "$source"
+        begin "$name.bats" bats --tap "$source"
     fi
 done
-if [ "$DEVICE" = cpu ] && wanted cuda-build; then
-    cuda_build
-fi
+while (($(jobs -rp | wc -l) > 0)); do
+    wait -n || true
+    tell
+done
+wait
+tell
 
 ((passed + failed > 0)) || echo "no test ran"
 if ((skipped > 0)); then

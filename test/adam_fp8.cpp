@@ -9,6 +9,8 @@
 
 // ---- a model of a few tensors ----
 
+constexpr int64_t TOKENS = 96;  // of a global batch
+
 struct Spec { const char* name; int64_t rows, cols; DType dtype; };
 
 struct Model {
@@ -18,7 +20,7 @@ struct Model {
     float* flat;         // FP32: the weights, which are the masters
     float* grads;
     float* slots;        // of the gradients: (tensors, 4), scale 1
-    float* loss;
+    LossShare* loss;
     bool fp32;
     DecisionRules rules;
     AdamRates rates;
@@ -67,7 +69,7 @@ struct Model {
             table->items[i].grad = memory.committed ? grads + table->items[i].offset : NULL;
             table->items[i].grad_slot = memory.committed ? slots + 4 * i : NULL;
         }
-        loss = memory_take<float>(&memory, GRADIENTS, 1);
+        loss = memory_take<LossShare>(&memory, GRADIENTS, 1);
     }
     size_t n() const { return table->elements; }
     // in FP32 the states of all tensors lie in one array each, at Param.offset
@@ -79,10 +81,12 @@ struct Model {
         optimizer_cast_weights(&o, table, NULL);
         finish();
     }
-    StepRecord step(const std::vector<float>& g, float mean_loss) {
+    // Of TOKENS tokens so many count; loss and gradient are means over all
+    StepRecord step(const std::vector<float>& g, float mean_loss, int64_t counted = TOKENS) {
+        LossShare share = {(double)mean_loss, (double)counted};
         copy_to_device(grads, g.data(), n() * sizeof(float), NULL);
-        copy_to_device(loss, &mean_loss, sizeof(float), NULL);
-        optimizer_decide(&o, table, slots, loss, rules, NULL);
+        copy_to_device(loss, &share, sizeof(share), NULL);
+        optimizer_decide(&o, table, slots, loss, TOKENS, rules, NULL);
         optimizer_update(&o, table, rates, decay, NULL);
         finish();
         return state().record;
@@ -369,6 +373,64 @@ static void non_finite_steps_leave_no_trace(void**) {
                     assert_true(counters(m, true) == counted);
                 }
             }
+        }
+    }
+}
+
+// A batch without a target: its loss and gradient are 0, and it is no step, with zeros neither in the windows nor divided by. What is not finite is told first.
+static void a_step_in_which_nothing_counts_leaves_no_trace(void**) {
+    for (const std::vector<Spec>* specs : {&PLAIN, &MIXED}) {
+        Model m(*specs);
+        m.rules.clip = 1.0f;
+        m.set_master(random_flat(m, 0.05));
+        std::vector<float> none(m.n(), 0.0f), bad = none;
+        bad[1] = NAN;
+        for (int t = 0; t < 3; t++) {
+            m.step(random_flat(m, 1.0), 1.0f, 7);
+            std::vector<char> before = everything(m);
+            std::vector<double> known = counters(m, true);
+            StepRecord r = m.step(none, 0.0f, 0);
+            assert_int_equal(r.skipped, SKIP_NOTHING_COUNTS);
+            assert_string_equal(skip_names[r.skipped], "no token counts in the loss");
+            assert_true(r.loss == 0.0 && r.grad_norm == 0.0 && isnan(r.loss_z) && isnan(r.norm_z) && r.applied == t + 1);
+            assert_int_equal(m.step(bad, 0.0f, 0).skipped, SKIP_NON_FINITE_NORM);
+            assert_int_equal(m.step(none, NAN, 0).skipped, SKIP_NON_FINITE_LOSS);
+            assert_true(everything(m) == before);
+            assert_true(counters(m, true) == known);
+        }
+    }
+}
+
+// Means over all tokens become means over those that count: loss, norm, what the windows hold, and the step, clipped or not; where all count by a factor of
+// exactly 1. Powers of two, so that they are the same bits as those of a gradient that was a mean over them in the first place.
+static void means_are_over_the_tokens_that_count(void**) {
+    for (float clip : {0.0f, 0.5f, 1e6f}) {
+        for (int64_t counted : {(int64_t)1, (int64_t)3, TOKENS / 8, TOKENS / 2, TOKENS}) {
+            Model a(MIXED), b(MIXED);
+            std::vector<float> start = random_flat(a, 0.05);
+            for (Model* m : {&a, &b}) {
+                m->rules.clip = clip;
+                m->set_master(start);
+            }
+            double factor = (double)TOKENS / (double)counted;
+            for (int t = 0; t < 5; t++) {
+                std::vector<float> g = random_flat(a, 1.0), scaled = g;
+                for (float& x : scaled) { x = (float)((double)x * factor); }
+                StepRecord ra = a.step(g, 0.75f, counted), rb = b.step(scaled, (float)(0.75 * factor));
+                bool exact = factor != (double)TOKENS && factor == floor(factor) && ((int64_t)factor & ((int64_t)factor - 1)) == 0;
+                double apart = exact ? 0.0 : 1e-6;
+                expect_near(ra.loss, 0.75 * factor, 1e-15 * ra.loss, "loss");
+                expect_near(ra.grad_norm, rb.grad_norm, apart * rb.grad_norm, "norm");
+                assert_int_equal(ra.skipped, NOT_SKIPPED);
+                if (exact) { assert_true(everything(a) == everything(b)); }
+                std::vector<float> wa = from_device<float>(a.master(), a.n()), wb = from_device<float>(b.master(), b.n());
+                for (size_t k = 0; k < wa.size(); k++) { expect_near((double)wa[k], (double)wb[k], 1e-5, "weight %zu", k); }
+            }
+            OptimizerState s = a.state();
+            expect_near(s.losses.values[4], 0.75 * factor, 1e-12, "the window of losses");
+            expect_near(s.norms.values[4], s.record.grad_norm, 0.0, "the window of norms");
+            if (counted == TOKENS && clip == 0.0f) { assert_true(s.grad_factor == 1.0f); }
+            if (clip == 0.0f) { expect_near((double)s.grad_factor, factor, 1e-6 * factor, "factor"); }
         }
     }
 }
@@ -722,7 +784,8 @@ struct Narrow {
     ParamTable* table;
     Memory memory;
     Optimizer o;
-    float *slots, *loss;
+    float* slots;
+    LossShare* loss;
     std::vector<ModelTensor> want;
     DecisionRules rules;
     AdamRates rates;
@@ -778,7 +841,7 @@ struct Narrow {
         bool masters = want[0].spec.weight == FP32;
         float* flat = masters ? memory_take<float>(&memory, WEIGHTS, table->elements) : NULL;
         slots = memory_take<float>(&memory, GRADIENTS, 4 * (size_t)table->count);
-        loss = memory_take<float>(&memory, GRADIENTS, 1);
+        loss = memory_take<LossShare>(&memory, GRADIENTS, 1);
         for (int i = 0; i < table->count; i++) {
             Param* p = &table->items[i];
             if (masters) { p->weight = flat != NULL ? flat + p->offset : NULL; }
@@ -834,8 +897,9 @@ struct Narrow {
             const float slot[4] = {descales[i], 1.0f / descales[i], 0.0f, 0.0f};
             copy_to_device(table->items[i].grad_slot, slot, sizeof(slot), NULL);
         }
-        copy_to_device(loss, &mean_loss, sizeof(float), NULL);
-        optimizer_decide(&o, table, slots, loss, rules, NULL);
+        const LossShare share = {(double)mean_loss, (double)TOKENS};
+        copy_to_device(loss, &share, sizeof(share), NULL);
+        optimizer_decide(&o, table, slots, loss, TOKENS, rules, NULL);
         optimizer_update(&o, table, rates, decay, NULL);
         finish();
         OptimizerState state;
@@ -919,9 +983,21 @@ struct Narrow {
             }
         }
     }
+    // What an export gets of the masters
+    void compare_master_values(const char* when) const {
+        for (size_t i = 0; i < want.size(); i++) {
+            std::vector<float> should = want[i].states[0].values(), got(should.size(), NAN);
+            optimizer_get_master(got.data(), &table->items[i], NULL);
+            for (size_t k = 0; k < got.size(); k++) {
+                uint32_t a = float_to_bits(got[k]), b = float_to_bits(should[k]);
+                if (a != b && (got[k] == got[k] || should[k] == should[k])) { differs(when, i, "value of the master", k, a, b); }
+            }
+        }
+    }
     void compare(const char* when) const {
         if (!modelled) { return; }
         compare_states(when);
+        compare_master_values(when);
         for (size_t i = 0; i < want.size(); i++) {
             const Param* p = &table->items[i];
             compare_codes(when, i, "weight", p->weight, p->dtype, want[i].weight, param_elements(p));
@@ -1339,6 +1415,8 @@ int main(void) {
         cmocka_unit_test(norms_of_zero_and_of_very_small_gradients),
         cmocka_unit_test(clipping_starts_beyond_its_limit),
         cmocka_unit_test(non_finite_steps_leave_no_trace),
+        cmocka_unit_test(a_step_in_which_nothing_counts_leaves_no_trace),
+        cmocka_unit_test(means_are_over_the_tokens_that_count),
         cmocka_unit_test(a_skipped_step_writes_no_weight),
         cmocka_unit_test(training_goes_on_as_if_a_skipped_step_had_not_been),
         cmocka_unit_test(outliers_are_skipped_by_their_z_score),

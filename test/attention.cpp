@@ -224,6 +224,46 @@ static void small_sequences_match_float64(void**) {
     }
 }
 
+// Tokens one by one after those that were read at once: each attends as it would have among them, in every one of the rows that are wanted
+template <class A> static void check_tokens(const Shape& s, int given, int rows) {
+    Run<A> run(s);
+    size_t C = (size_t)s.heads * (size_t)s.hs;
+    Reference r = reference<A>(s, run.qkv, NULL);
+    Array<A> x(3 * C), out((size_t)rows * C);
+    std::vector<A> original(&run.qkv[0], &run.qkv[0] + run.qkv.n);
+    attention_keep(&run.attention, run.qkv, NULL);
+    finish();
+    for (int t = given; t < s.T; t++) {
+        memset((void*)&run.qkv[(size_t)t * 3 * C], 0xff, (size_t)(s.T - t) * 3 * C * sizeof(A));  // what comes later is not read
+        memcpy((void*)&x[0], &original[(size_t)t * 3 * C], 3 * C * sizeof(A));
+        attention_of_token(&run.attention, out, run.qkv, x, t, rows, NULL);
+        finish();
+        for (size_t i = 0; i < (size_t)rows * C; i++) {
+            size_t at = (size_t)t * C + i % C;
+            double allowed = (128.0 * 0x1p-24 + rounding_of<A>()) * r.out_size[at];
+            expect_near((double)to_float(out[i]), r.out[at], allowed + (fabs(r.out[at]) + allowed) * rounding_of<A>(), "T %d, %d heads of %d, token %d: out[%zu]", s.T, s.heads,
+                        s.hs, t, i);
+        }
+    }
+}
+
+static void tokens_one_by_one_match_float64(void**) {
+    for (int T : {1, 2, 40}) {
+        for (int heads : {1, 3}) {
+            for (int hs : {2, 6, 8, 64}) {
+                for (bool rope : {false, true}) {
+                    for (int rows : {1, 16}) {
+                        check_tokens<float>(Shape{1, T, heads, hs, rope}, T / 2, rows);
+                        check_tokens<bf16>(Shape{1, T, heads, hs, rope}, T / 2, rows);
+                    }
+                }
+            }
+        }
+    }
+    check_tokens<bf16>(Shape{1, 600, 2, 16, true}, 590, 16);  // more keys than threads
+    check_tokens<float>(Shape{1, 600, 2, 16, false}, 590, 1);
+}
+
 // Blocks are of 256 queries: one and one query, one and a part, two and a part, just one
 static void several_blocks_match_float64(void**) {
     const Shape shapes[] = {{1, 256, 1, 8, false}, {1, 257, 3, 8, true}, {1, 257, 1, 64, false}, {2, 300, 3, 8, false},
@@ -519,7 +559,7 @@ static void a_block_is_at_most_256_queries(void**) {
     a.rope = true;
     attention_allocate(&a, &with);
     assert_int_equal(with.bytes[WORKSPACE] - without.bytes[WORKSPACE], 1024 * 2 * 32 * 2);  // rotated queries and keys
-    assert_int_equal(without.bytes[WORKSPACE], 4 * 256 * 1024 * (4 + 4 + 2 + 2) + 1024 * 3 * 32 * 4);
+    assert_int_equal(without.bytes[WORKSPACE], 4 * 256 * 1024 * (4 + 4 + 2 + 2) + 1024 * 3 * 32 * 4 + 4 * 1024 * 4);  // the last: one token's scores
 }
 
 int main(void) {
@@ -534,6 +574,7 @@ int main(void) {
         cmocka_unit_test(a_block_is_at_most_256_queries),
         cmocka_unit_test(the_references_gradient_is_its_derivative),
         cmocka_unit_test(small_sequences_match_float64),
+        cmocka_unit_test(tokens_one_by_one_match_float64),
 #ifndef SIMT  // all below is of the same kernels at sizes for which emulation is slow
         cmocka_unit_test(several_blocks_match_float64),
         cmocka_unit_test(rotary_scores_depend_on_distance),

@@ -24,6 +24,8 @@ setup_file() {
     perl -e 'print pack("l<3 x1012", 20240801, 7, 4000), pack("V*", (5) x 3999, 4294967295)' > token_wide.bin
     perl -e 'print pack("l<3 x1012", 20240521, 1, 4000), pack("v*", (5) x 4000)' > magic.bin
     perl -e 'print pack("l<3 x1012", 20240520, 2, 4000), pack("v*", (5) x 4000)' > version.bin
+    perl -e 'print pack("l<3 x1012", 20240801, 9, 4000), pack("V*", (5) x 4000)' > version32.bin
+    perl -e 'print pack("l<3 x1012", 20240801, 8, 4000), pack("V*", (5 | 1 << 31) x 4000)' > mask.bin
     perl -e 'print pack("l<3 x1012", 20240522, 1, 4000), pack("v*", (5) x 4000)' > choice.bin
     cp "$BATS_TEST_DIRNAME/golden/llmc_v3.bin" model.bin
     head -c 30000 model.bin > model_cut.bin
@@ -31,8 +33,23 @@ setup_file() {
     { cat model.bin && printf x; } > model_longer.bin
     { perl -e 'print pack("l<2", 20240326, 4)' && tail -c +9 model.bin; } > model_version.bin
     { head -c 20 model.bin && perl -e 'print pack("l<", 3)' && tail -c +25 model.bin; } > model_heads.bin
+    printf '1|ab|c|d\n0|abc|de|f\n' | choices eval.bin 1
+    head -c 1040 eval.bin > eval_cut.bin
+    printf '2|ab|c|d\n' | choices eval_label.bin 1
+    printf '0|ab||d\n' | choices eval_empty.bin 1
+    printf '0||c|d\n' | choices eval_context.bin 2
+    perl -e 'print pack("l<256", 20240328, 2, 100, 99, (0) x 252), "\1x" x 100' > tokens.bin
+    head -c 1200 tokens.bin > tokens_cut.bin
     echo "not a folder" > file
     mkdir folder
+    cp -r "$BATS_TEST_DIRNAME/golden/hf_gpt2" hf_gpt2
+    cp -r "$BATS_TEST_DIRNAME/golden/hf_gpt_neox" hf_neox
+    cp -r hf_neox hf_parallel
+    sed 's/"use_parallel_residual": false/"use_parallel_residual": true/' hf_neox/config.json > hf_parallel/config.json
+    cp -r hf_neox hf_cut
+    head -c 9000 hf_neox/model.safetensors > hf_cut/model.safetensors
+    cp -r hf_gpt2 hf_part
+    rm hf_part/model-00002-of-00003.safetensors
 }
 
 setup() { cd "$BATS_FILE_TMPDIR" || return; }
@@ -73,6 +90,36 @@ refuses_each() {
     run -0 --separate-stderr "$TRAIN" --train-data token.bin $TINY --vocab 50258 --steps 1 --output-dir "$BATS_TEST_TMPDIR/out"
 }
 
+@test "exports that cannot be" {
+    mkdir export notes
+    echo "mine" > notes/notes.txt
+    refuses_each <<'EOT'
+--export-dtype bf16 | --export-dtype*--export-hf*
+--hf-tokenizer hf_gpt2 | --hf-tokenizer*--export-hf*
+--export-hf x --hf-tokenizer hf_gpt2 | --hf-tokenizer: 'hf_gpt2' has none of tokenizer.json*
+--export-hf x --hf-tokenizer nowhere | --hf-tokenizer: there is no folder 'nowhere'*
+--export-hf notes | --export-hf: 'notes' is no earlier export*notes.txt*
+--export-hf hf_gpt2 | --export-hf: 'hf_gpt2' is no earlier export*another program*
+--export-hf file | --export-hf: 'file' is there and is no folder*
+--export-hf nowhere/x | --export-hf: there is no folder 'nowhere'*
+--export-hf . | --export-hf: '.' cannot be replaced*
+--export-hf out | --export-hf: 'out' is --output-dir*
+--export-hf x --export-llmc x/ | --export-hf and --export-llmc are both*
+--export-hf '' | --export-hf: the value is empty*
+--export-llmc x | --export-llmc: llm.c's models have learned positions*
+--export-llmc x --position learned --tie-embeddings no | --export-llmc:*token embedding*
+--export-llmc x --position learned --export-dtype fp16 | --export-llmc:*fp16*
+--export-llmc good.bin --position learned | --export-llmc: 'good.bin' is there and is no llm.c model*
+--export-llmc folder --position learned | --export-llmc: 'folder' is there*
+--export-dtype fp8 --export-hf x | --export-dtype: 'fp8' is not known*
+EOT
+    [ ! -e x ]
+    [ "$(cat notes/notes.txt)" = mine ]
+    refuses "$TRAIN" --layers 2 --heads 2 --width 64 --steps 0 --export-hf x --output-dir out '--vocab is missing*'
+    refuses "$TRAIN" --layers 2 --heads 2 --width 64 --steps 0 --val-split 0.1 --export-hf x --output-dir out '--val-split*'
+    refuses "$TRAIN" --init hf_gpt2 --seq-len 8 --export-hf x --output-dir out '--train-data is missing*'
+}
+
 @test "unknown flags and stray words" {
     refuses_each <<'EOT'
 --frobnicate 3 | unknown flag '--frobnicate'*--help*
@@ -82,7 +129,7 @@ refuses_each() {
 -b4 | unknown flag '-b4'*-b*'4'*
 stray | stray argument 'stray'*
 --train-data text.txt good.bin | stray argument 'good.bin'*--train-data*
---resume | unknown flag '--resume'*
+--resumed | unknown flag '--resumed'*
 --no-steps | unknown flag '--no-steps'*
 EOT
 }
@@ -187,14 +234,69 @@ EOT
 EOT
     refuses "$TRAIN" --train-data text.txt --layers 2 --heads 2 --steps 4 --output-dir out '*--width*'
     refuses "$TRAIN" --layers 2 --heads 2 --width 64 --steps 4 --output-dir out '--train-data is missing*'
+    refuses "$TRAIN" --layers 2 --heads 2 --width 64 --steps 0 --output-dir out '--vocab is missing*'
+    refuses "$TRAIN" --layers 2 --heads 2 --width 64 --steps 0 --val-split 0.1 --vocab 256 --output-dir out '--val-split: there is no --train-data*'
     refuses env OMP_NUM_THREADS=5000 "$TRAIN" --train-data text.txt $TINY --steps 4 --output-dir out 'OMP_NUM_THREADS is "5000"*4096*'
 }
 
 @test "llm.c's flags that are not carried are refused by name" {
     local flag
-    for flag in f w ge nm lg pn pr pg pi pf ps n nk y h; do
+    for flag in f w ge nm lg pn pr pg pi pf ps h; do
         refuses "$TRAIN" --train-data text.txt $TINY --steps 4 --output-dir out -$flag 1 "-$flag of llm.c is not carried: ?*"
     done
+}
+
+@test "multiple-choice files that cannot be scored" {
+    refuses_each <<'EOT'
+--eval-data missing.bin | --eval-data: cannot open 'missing.bin': No such file*
+--eval-data eval.bin,missing.bin | --eval-data: cannot open 'missing.bin'*
+--eval-data eval.bin, | --eval-data: 'eval.bin,' has an empty entry*
+--eval-data '' | --eval-data:*empty*
+--eval-data folder | --eval-data: 'folder' is not a file*
+--eval-data good.bin | --eval-data: 'good.bin' is no multiple-choice file: it starts with 20240520, not 20240522*
+--eval-data empty.bin | --eval-data: 'empty.bin' is no multiple-choice file: it has 0 bytes*
+--eval-data eval_cut.bin | --eval-data: 'eval_cut.bin' is cut short*example 0*
+--eval-data eval_label.bin | --eval-data: 'eval_label.bin': the label of example 0 is 2; allowed for its 2 completions: 0 to 1*
+--eval-data eval_empty.bin | --eval-data: 'eval_empty.bin': completion 0 of example 0 is empty*
+--eval-data eval_context.bin | --eval-data: 'eval_context.bin': the context of example 0 is empty*
+--eval-data eval.bin --train-data good.bin --vocab 100 | --eval-data: 'eval.bin': in a completion of example 0 is the token 100; allowed in a vocabulary of 100: 0 to 99*
+--eval-data eval.bin --seq-len 1 --global-batch 4 | --eval-data: 'eval.bin': completion 0 of example 1 has 2 tokens, and --seq-len 1*
+EOT
+    refuses "$TRAIN" --train-data text.txt $TINY --steps 4 --output-dir out -h 1 '-h of llm.c is not carried: --eval-data FILE*'
+}
+
+@test "tokenizer files that are none, or another model's" {
+    run -0 "$TRAIN" --train-data good.bin --vocab 100 $TINY --steps 0 --tokenizer tokens.bin --output-dir "$BATS_TEST_TMPDIR/out"
+    refuses_each <<'EOT'
+--tokenizer tokens.bin | --tokenizer: a model of text files*
+--train-data good.bin --vocab 101 --tokenizer tokens.bin | --tokenizer: 'tokens.bin' has 100 tokens, and the model's vocabulary is 101*
+--train-data good.bin --vocab 100 --tokenizer tokens_cut.bin | --tokenizer: 'tokens_cut.bin' is cut short: it ends in token 88 of 100*
+--train-data good.bin --vocab 100 --tokenizer good.bin | --tokenizer: 'good.bin' is no tokenizer file: it starts with 20240520, not 20240328*
+--train-data good.bin --vocab 100 --tokenizer missing.bin | --tokenizer: cannot open 'missing.bin': No such file*
+EOT
+}
+
+@test "generation that cannot be" {
+    refuses_each <<'EOT'
+--prompt the | --prompt says how tokens are generated*--generate N with it
+--samples 2 --sample-every 1 | --samples says how tokens are generated*--generate N with it
+--temperature 0.5 | --temperature says how tokens are generated*--generate N or --sample-every N with it
+--top-k 5 | --top-k says how*
+--top-p 0.5 | --top-p says how*
+--generate -1 | --generate: '-1' is out of range; allowed: 0 *
+--generate 5 --temperature -1 | --temperature: '-1' is out of range*
+--generate 5 --top-p 0 | --top-p: '0' is out of range; allowed: above 0, 1 or less*
+--generate 5 --top-k -1 | --top-k: '-1' is out of range*
+--generate 5 --samples 0 | --samples: '0' is out of range*
+--generate 5 --prompt '' | --prompt:*empty*
+--train-data good.bin --vocab 100 --generate 5 --prompt 'the dog' | --prompt: 'the dog' is no list of tokens by number*tokenize.py*
+--train-data good.bin --vocab 100 --generate 5 --prompt '5 6x' | --prompt: '5 6x' is no list of tokens by number*
+--train-data good.bin --vocab 100 --generate 5 --prompt '5 -6' | --prompt: '5 -6' is no list of tokens by number*
+--train-data good.bin --vocab 100 --generate 5 --prompt '5 99999999999999999999' | --prompt: '5 99999999999999999999' is no list*
+--train-data good.bin --vocab 100 --generate 5 --prompt '99 100' | --prompt: the token 100 is not allowed in a vocabulary of 100: 0 to 99*
+--train-data good.bin --vocab 100 --generate 5 --prompt ' ' | --prompt: ' ' has no token*
+--vocab 150 --generate 5 --prompt 'é' | --prompt: the token 195 is not allowed in a vocabulary of 150: 0 to 149*
+EOT
 }
 
 @test "data that cannot be trained on" {
@@ -212,6 +314,9 @@ EOT
 --train-data header.bin | --train-data: header.bin is truncated*700*1024*
 --train-data magic.bin | --train-data: magic.bin*20240521*20240520*
 --train-data version.bin | --train-data: version.bin*version 2*1*
+--train-data version32.bin --vocab 9 | --train-data: version32.bin*version 9*7, and 8 with a loss mask*
+--train-data mask.bin | --train-data: mask.bin*--vocab N is required*
+--train-data mask.bin --vocab 5 | --train-data: mask.bin*offset 0 is 5;*0 to 4*
 --train-data choice.bin | --train-data: choice.bin*multiple-choice*
 --train-data model.bin | --train-data: model.bin*model*
 --train-data token.bin | --train-data: token.bin: the token at offset 2345 is 50257*50256*
@@ -248,6 +353,14 @@ EOT
 --init text.txt | --init: 'text.txt'*
 --init folder | --init: 'folder'*
 --init empty.bin | --init: 'empty.bin'*
+--init hf_parallel | --init: 'hf_parallel/config.json' has use_parallel_residual true*one after the other*
+--init hf_cut | --init: cannot read 'hf_cut/model.safetensors'*
+--init hf_part | --init: cannot read 'hf_part/model-00002-of-00003.safetensors'*
+--init hf_gpt2 --vocab 256 | --vocab: 256*hf_gpt2*40*
+--init hf_gpt2 --seq-len 13 | --seq-len: 13*12 positions*hf_gpt2*
+--init hf_gpt2 --position rope --seq-len 8 | --position: 'hf_gpt2' has learned*
+--init hf_neox --position learned | --position: 'hf_neox' has rotary*
+--init hf_neox --tie-embeddings yes | --tie-embeddings: 'hf_neox' has a head of its own*
 --init d13 | --init: *'d13'*d12*
 --init missing.bin | --init: *'missing.bin'*
 --init model.bin --seq-len 13 | --seq-len: 13*12 positions*model.bin*

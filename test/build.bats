@@ -311,7 +311,7 @@ EOF
     fi
 }
 
-@test "missing oneDNN or json-c: the package and setup.sh are named" {
+@test "missing oneDNN, json-c or xxhash: the package and setup.sh are named" {
     mkdir -p broken/oneapi/dnnl broken/json-c
     echo '#error no such thing' > broken/oneapi/dnnl/dnnl.h
     run on make DEVICE=cpu EXTRA_CXXFLAGS="-I$PWD/broken"
@@ -321,6 +321,11 @@ EOF
     run on make DEVICE=cpu EXTRA_CXXFLAGS="-I$PWD/broken"
     [ "$status" != 0 ]
     [[ $output == *"json-c"*"libjson-c-dev"*"scripts/setup.sh"* ]]
+    rm broken/json-c/json.h
+    echo '#error no such thing' > broken/xxhash.h
+    run on make DEVICE=cpu EXTRA_CXXFLAGS="-I$PWD/broken"
+    [ "$status" != 0 ]
+    [[ $output == *"xxhash"*"libxxhash-dev"*"scripts/setup.sh"* ]]
 }
 
 @test "findings are kept while nothing changes, and a new mpicc is noticed" {

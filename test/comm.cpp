@@ -310,7 +310,7 @@ struct Trial {
     Memory memory = {};
     Reduction r;
     Optimizer optimizer = {};
-    float* loss = NULL;
+    LossShare* loss = NULL;
     std::vector<Place> places;
     std::vector<float> mu;         // the model's
     int micro_batches = 1;         // of a step; with ZeRO 2 as many reductions of matrices
@@ -326,7 +326,7 @@ struct Trial {
             partition_allocate_weights(&r.partition, &memory);
             reduction_allocate(&r, &memory);
             optimizer_allocate(&optimizer, table, false, &memory);
-            loss = memory_take<float>(&memory, WORKSPACE, 1);
+            loss = memory_take<LossShare>(&memory, WORKSPACE, 1);
             if (run == 0) { memory_commit(&memory); }
         }
         memory_check(&memory);
@@ -335,7 +335,7 @@ struct Trial {
         }
         reduction_start_up(&r);
         optimizer_reset(&optimizer, table, NULL);
-        onto_device(loss, std::vector<float>(1, 1.0f));
+        onto_device(loss, std::vector<LossShare>(1, LossShare{1.0, 1.0}));
         places = places_of(table, g->rank, g->size, r.partition.zero);
         float ranks = (float)g->size;
         float first = config.scaling == SCALING_PRE ? 1.0f / ranks : config.scaling == SCALING_POST ? 1.0f : 1.0f / sqrtf(ranks);
@@ -574,7 +574,7 @@ struct Trial {
         for (int t = 0; t < n; t++) { check_gradient(t); }
         uint64_t sums_before = g->bytes_sent[ALL_REDUCE_SUM];
         reduction_count(&r, NULL);
-        optimizer_decide(&optimizer, table, r.slots, loss, DecisionRules{0.9, 0.95, 0.0f, 0.0f, 0.0f}, NULL);
+        optimizer_decide(&optimizer, table, r.slots, loss, 1, DecisionRules{0.9, 0.95, 0.0f, 0.0f, 0.0f}, NULL);
         reduction_adapt(&r, optimizer.tops, &optimizer.state->apply, NULL);
         stream_sync(NULL);
         if (g->transport != OVER_NCCL) { CHECK((g->bytes_sent[ALL_REDUCE_SUM] > sums_before) == (fp8 || level() > 0)); }

@@ -67,6 +67,50 @@ shard() {
     ' "$2" "$3" "$4" "$5" > "$1"
 }
 
+# answers FILE 7|8|all RECORDS [SEED]: a shard of records of 16 tokens: 12 of a prompt, each one of 64 at random, and 4 of a response that follows from the
+# prompt's last. Version 8 masks what is not a response, `all` of it everything; 8 with the fifth word `none` nothing.
+answers() {
+    perl -e '
+        my ($kind, $n, $x, $masks) = @ARGV;
+        my @tokens;
+        for (1 .. $n) {
+            my $t;
+            for (1 .. 12) {
+                $x = $x * 16807 % 2147483647;
+                $t = ($x >> 8) % 64;
+                push @tokens, $t | ($kind ne "7" && $masks ne "none" ? 1 << 31 : 0);
+            }
+            for my $place (1 .. 4) {
+                my $answer = 64 + 16 * $place + ($t * (2 * $place + 1)) % 16;
+                push @tokens, $answer | ($kind eq "all" ? 1 << 31 : 0);
+            }
+        }
+        binmode STDOUT;
+        print pack("l<3 x1012", 20240801, $kind eq "7" ? 7 : 8, scalar @tokens), pack("V*", @tokens);
+    ' "$2" "$3" "${4:-7}" "${5:-prompts}" > "$1"
+}
+
+# choices FILE 1|2: a multiple-choice file of that version (core/choices.h) for models of bytes, from lines "label|context|completion|completion…"; \n in
+# them is a line's end
+choices() {
+    perl -ne '
+        BEGIN { ($version, $longest) = (shift @ARGV, 0) }
+        chomp;
+        s/\\n/\n/g;
+        my ($label, $context, @completions) = split /\|/;
+        my ($bytes, $format) = $version == 1 ? (2, "v*") : (4, "V*");
+        my @words = ($bytes == 2 ? 65535 : 4294967295, 0, $n++, $label, scalar @completions);
+        push @words, length, unpack("C*", $_) for $context, @completions;
+        $words[1] = $bytes * @words;
+        $longest = $words[1] if $words[1] > $longest;
+        $stream .= pack($format, @words);
+        END {
+            binmode STDOUT;
+            print pack("l<4 x1008", 20240522, $version, $n, $longest), $stream;
+        }
+    ' "$2" > "$1"
+}
+
 # ---- reading what a run has written ----
 
 # column FIELD DIR: a field of every line of DIR/log.jsonl but the first (the config) that has it. "loss" is not
@@ -93,6 +137,15 @@ holds() {
         echo "does not hold: $condition, with $*"
         return 1
     }
+}
+
+# lacks PATTERN FILE: no line has it. (bats does not see a failed `! grep`, unless it is a test's last command.)
+lacks() {
+    [ -r "$2" ] || {
+        echo "there is no $2"
+        return 1
+    }
+    if grep -e "$1" "$2"; then return 1; fi
 }
 
 # same_column FIELD DIR1 DIR2 BOUND: both logs have the field as often, at least once, and agree within BOUND (relative; 0: as text)

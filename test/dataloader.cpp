@@ -107,6 +107,15 @@ static void write_shard(const char* path, const Tokens& tokens, int bytes_per_to
     write_bytes(path, bytes.data(), bytes.size());
 }
 
+// A shard with a loss mask: bit 31 is on those that do not count.
+static void write_masked(const char* path, const Tokens& tokens) {
+    std::vector<uint32_t> words(256);
+    write_header(words.data(), 4, (uint32_t)tokens.size());
+    words[1] = 8;
+    words.insert(words.end(), tokens.begin(), tokens.end());
+    write_bytes(path, words.data(), words.size() * 4);
+}
+
 // A shard of n tokens start, start+1, ...
 static void write_run(const char* path, int64_t n, uint32_t start, int bytes_per_token) {
     Tokens tokens;
@@ -522,6 +531,35 @@ static void a_position_of_other_data_is_refused(void**) {
     assert_int_equal(status_of([&] { DataLoader l; loader_open(&l, &config); loader_seek(&l, &position); }), 0);
 }
 
+// A file whose length, beginning, middle or end does not count
+static void other_data_of_the_same_size_has_another_fingerprint(void**) {
+    Tokens tokens;
+    for (uint32_t i = 0; i < 9000; i++) { tokens.push_back(i % 251); }
+    auto print = [&](const char* spec) {
+        DataLoader loader;
+        DataLoaderConfig config = config_of(spec, 2);
+        loader_open(&loader, &config);
+        uint64_t print = loader_fingerprint(&loader);
+        loader_close(&loader);
+        return print;
+    };
+    write_shard("print.txt", tokens, 1);
+    uint64_t first = print("print.txt");
+    assert_true(print("print.txt") == first);
+    for (size_t at : {(size_t)0, (size_t)4500, (size_t)8999}) {
+        tokens[at] ^= 1;
+        write_shard("other.txt", tokens, 1);
+        assert_true(print("other.txt") != first);
+        tokens[at] ^= 1;
+    }
+    tokens.push_back(0);
+    write_shard("other.txt", tokens, 1);
+    assert_true(print("other.txt") != first);
+    assert_true(print("print.txt,other.txt") != print("other.txt,print.txt"));
+    write_shard("short.txt", {1, 2, 3, 4}, 1);
+    assert_true(print("short.txt") != 0);
+}
+
 static void rewind_gives_the_same_windows_again(void**) {
     write_run("rewind0.bin", 30, 0, 4);
     write_run("rewind1.bin", 41, 100000, 4);
@@ -801,6 +839,82 @@ static void tokens_beyond_the_scan_are_checked_when_they_are_read(void**) {
     unlink("scan0.bin");
 }
 
+// ---- loss mask ----
+
+// The same windows in the same order as without a mask, but for targets; in inputs nothing shows. Shards with and without a mask mix.
+static void a_mask_takes_targets_out_and_changes_nothing_else(void**) {
+    const uint32_t bit = 1u << 31;
+    for (int T : {1, 3, 16}) {
+        Tokens plain[2], masked[2];
+        for (int f = 0; f < 2; f++) {
+            for (uint32_t i = 0; i < 200; i++) {
+                uint32_t token = (uint32_t)f * 100000 + i;
+                plain[f].push_back(token);
+                bool counts = i % 7 < 3 || i == 199;
+                masked[f].push_back(counts ? token : token | bit);
+            }
+        }
+        masked[0][0] = bit;  // token 0, which as an input is 0
+        for (int f = 0; f < 2; f++) { write_shard(f == 0 ? "p0.bin" : "p1.bin", plain[f], 4); }
+        write_masked("m0.bin", masked[0]);
+        write_masked("m1.bin", masked[1]);
+        write_masked("all0.bin", plain[0]);  // version 8 in which everything counts
+        for (const char* spec : {"m0.bin,m1.bin", "m0.bin,p1.bin", "p0.bin,m1.bin", "0.3:m0.bin,0.7:p1.bin", "all0.bin,p1.bin"}) {
+            std::string without = spec;
+            for (const char* name : {"m0", "m1", "all0"}) {
+                size_t at = without.find(name);
+                if (at != std::string::npos) { without.replace(at, strlen(name), name[strlen(name) - 1] == '0' ? "p0" : "p1"); }
+            }
+            int64_t n = 2 * (399 / T);
+            std::vector<Window> want = samples_of(config_of(without.c_str(), T), n), found = samples_of(config_of(spec, T), n);
+            bool in_mask[2] = {strstr(spec, "m0") != NULL, strstr(spec, "m1") != NULL};
+            int64_t taken_out = 0;
+            for (int64_t w = 0; w < n; w++) {
+                for (int i = T; i < 2 * T; i++) {
+                    int32_t* token = &want[(size_t)w][(size_t)i];
+                    int f = *token / 100000;
+                    if (in_mask[f] && (masked[f][(size_t)(*token % 100000)] & bit) != 0) { *token = -1; taken_out++; }
+                }
+            }
+            if (found != want) { fail_msg("%s, windows of %d", spec, T); }
+            assert_int_equal(taken_out > 0, in_mask[0] || in_mask[1]);
+        }
+    }
+    DataLoader loader;
+    DataLoaderConfig config = config_of("m0.bin", 4);
+    loader_open(&loader, &config);
+    assert_string_equal(loader_kind_name(&loader), "uint32 shards with a loss mask");
+    assert_int_equal(loader_tokens(&loader), 196);  // data is counted in tokens, whether they count in the loss or not
+    loader_close(&loader);
+    config = config_of("p0.bin", 4);
+    loader_open(&loader, &config);
+    assert_string_equal(loader_kind_name(&loader), "uint32 shards");
+    loader_close(&loader);
+}
+
+// The vocabulary is that of the tokens without their bits, which only version 8 may have.
+static void masked_tokens_outside_the_vocabulary_are_refused(void**) {
+    const uint32_t bit = 1u << 31;
+    write_masked("outside.bin", {1 | bit, 2, 300 | bit, 3, 4});
+    DataLoaderConfig config = config_of("outside.bin", 2);
+    config.vocab = 300;
+    assert_refused(config, {"outside.bin", "offset 2 is 300;", "0 to 299"});
+    config.vocab = 301;
+    std::vector<Window> windows = samples_of(config, 2);
+    assert_true(std::count(windows.begin(), windows.end(), Window({1, 2, 2, -1})) == 1);
+    assert_true(std::count(windows.begin(), windows.end(), Window({300, 3, 3, 4})) == 1);
+    config.vocab = INT32_MAX;  // the largest that there is
+    write_masked("outside.bin", {~0u, 2, 3});
+    assert_refused(config, {"offset 0 is 2147483647;"});
+    write_masked("outside.bin", {~1u, ~1u, ~1u});
+    assert_true(samples_of(config, 1)[0] == Window({INT32_MAX - 1, INT32_MAX - 1, -1, -1}));
+    config.vocab = 0;
+    assert_refused(config, {"outside.bin", "uint32", "--vocab N is required"});
+    write_shard("outside.bin", {1, 2 | bit, 3}, 4);
+    config.vocab = 300;
+    assert_refused(config, {"offset 1 is 2147483650;"});
+}
+
 // ---- bad input ----
 
 static void wrong_files_are_refused(void**) {
@@ -820,6 +934,7 @@ static void wrong_files_are_refused(void**) {
         {"short.bin", 20240520, 1, 3, 1028},   {"odd.bin", 20240520, 1, 2, 1029},     {"long.bin", 20240520, 1, 2, 1030},
         {"short32.bin", 20240801, 7, 2, 1028}, {"head.bin", 20240520, 1, 2, 1023},    {"magic.bin", 20240520, 1, 2, 4},
         {"version.bin", 20240520, 2, 2, 1028}, {"llama.bin", 20240801, 1, 1, 1028},   {"eval.bin", 20240522, 1, 2, 1028},
+        {"masked16.bin", 20240520, 8, 2, 1028}, {"nine.bin", 20240801, 9, 1, 1028},   {"short8.bin", 20240801, 8, 2, 1028},
         {"model.bin", 20240326, 3, 2, 1028},   {"tokens.bin", 20240328, 2, 2, 1028},  {"eval", 20240522, 1, 2, 1028},
     };
     for (auto& shard : shards) {
@@ -848,7 +963,10 @@ static void wrong_files_are_refused(void**) {
         {"head.bin", {"head.bin is truncated", "1023 bytes", "1024"}},
         {"magic.bin", {"magic.bin is truncated", "4 bytes"}},
         {"version.bin", {"version.bin has version 2", "magic 20240520: 1"}},
-        {"llama.bin", {"llama.bin has version 1", "magic 20240801: 7"}},
+        {"llama.bin", {"llama.bin has version 1", "magic 20240801: 7, and 8 with a loss mask"}},
+        {"nine.bin", {"nine.bin has version 9", "magic 20240801: 7, and 8 with a loss mask"}},
+        {"masked16.bin", {"masked16.bin has version 8", "magic 20240520: 1"}},
+        {"short8.bin", {"short8.bin is truncated", "1028 bytes", "1032"}},
         {"eval.bin", {"eval.bin is a multiple-choice file", "20240522"}},
         {"eval", {"eval is a multiple-choice file"}},
         {"model.bin", {"model.bin is a model file", "20240326"}},
@@ -938,6 +1056,7 @@ int main(void) {
         cmocka_unit_test(sources_of_a_blend_have_orders_of_their_own),
         cmocka_unit_test(a_resumed_run_continues_as_if_it_had_not_stopped),
         cmocka_unit_test(a_position_of_other_data_is_refused),
+        cmocka_unit_test(other_data_of_the_same_size_has_another_fingerprint),
         cmocka_unit_test(rewind_gives_the_same_windows_again),
         cmocka_unit_test(the_split_is_disjoint_complete_and_at_the_end_of_each_file),
         cmocka_unit_test(shards_beyond_2_and_4_GiB_are_read_right),
@@ -948,6 +1067,8 @@ int main(void) {
         cmocka_unit_test(the_vocabulary_is_derived_or_given),
         cmocka_unit_test(tokens_outside_the_vocabulary_are_refused),
         cmocka_unit_test(tokens_beyond_the_scan_are_checked_when_they_are_read),
+        cmocka_unit_test(a_mask_takes_targets_out_and_changes_nothing_else),
+        cmocka_unit_test(masked_tokens_outside_the_vocabulary_are_refused),
         cmocka_unit_test(wrong_files_are_refused),
         cmocka_unit_test(wrong_specs_and_values_are_refused),
     };

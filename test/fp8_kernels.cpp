@@ -1053,18 +1053,73 @@ static void non_finite_logits_show_in_the_loss_of_all_parts(void**) {
     }
 }
 
+// A row without a target: loss 0 and a gradient of +0, whatever its logits and wherever their columns are; the other rows are bit for bit what they are beside
+// rows that count. Fails where it counts after all, or where NaN times 0 comes through
+template <class T> static void check_rows_without_a_target(int rows, int V) {
+    size_t n = (size_t)rows * V;
+    Array<T> z(n), all(n), logits(n);
+    Array<int> targets(rows), some(rows);
+    Array<float> want(rows), losses(rows);
+    for (int r = 0; r < rows; r++) {
+        targets[r] = some[r] = (int)(random_u32() % (uint32_t)V);
+        bool counts = r % 5 == 1 || r % 7 == 3;
+        if (!counts) { some[r] = -1; }
+        for (int c = 0; c < V; c++) { from_float(logits[(size_t)r * V + c], counts || r % 3 > 0 ? (float)(3.0 * normal()) : c == r % V ? NAN : INFINITY); }
+    }
+    memcpy((void*)all.p, logits.p, n * sizeof(T));
+    cross_entropy<T>(want, all, targets, 0.125f, rows, V, V, true);
+    auto expect = [&](const float* found, const char* what) {
+        for (int r = 0; r < rows; r++) {
+            if (float_to_bits(found[r]) != (some[r] < 0 ? 0 : float_to_bits(want[r]))) { fail_msg("%s: loss %g of row %d, not %g", what, (double)found[r], r, (double)want[r]); }
+        }
+    };
+    memcpy((void*)z.p, logits.p, n * sizeof(T));
+    cross_entropy<T>(losses, z, some, 0.125f, rows, V, V, false);
+    expect(losses, "forward");
+    assert_memory_equal(z.p, logits.p, n * sizeof(T));
+    cross_entropy<T>(losses, z, some, 0.125f, rows, V, V, true);
+    expect(losses, "backward");
+    for (size_t i = 0; i < n; i++) { assert_int_equal(float_to_bits(to_float(z[i])), some[i / V] < 0 ? 0 : float_to_bits(to_float(all[i]))); }
+    for (const std::vector<int>& counts : cuts_of(V)) {
+        int parts = (int)counts.size();
+        Array<float> cut((size_t)parts * rows), cut_want((size_t)parts * rows);
+        memcpy((void*)z.p, logits.p, n * sizeof(T));
+        memcpy((void*)all.p, logits.p, n * sizeof(T));
+        assert_true(cut_cross_entropy<T>(cut_want, all, targets, 0.125f, rows, V, counts));
+        assert_true(cut_cross_entropy<T>(cut, z, some, 0.125f, rows, V, counts));
+        memcpy(want.p, cut_want.p, rows * sizeof(float));
+        for (int p = 0; p < parts; p++) { expect(cut + p * rows, "cut"); }
+        for (size_t i = 0; i < n; i++) { assert_int_equal(float_to_bits(to_float(z[i])), some[i / V] < 0 ? 0 : float_to_bits(to_float(all[i]))); }
+    }
+}
+
+static void rows_without_a_target_have_neither_loss_nor_gradient(void**) {
+    for (int rows : {1, 2, 33}) {
+        for (int V : {5, 17, 128, 300}) {
+            check_rows_without_a_target<float>(rows, V);
+            check_rows_without_a_target<bf16>(rows, V);
+        }
+    }
+}
+
 static void losses_are_added_in_float64(void**) {
     const int n = 1000;
     Array<float> losses(n);
-    Array<double> total(1);
-    double want = total[0] = 0.125;
+    Array<int> targets(n);
+    Array<LossTotal> total(1);
+    double want = total[0].loss = 0.125, counted = total[0].counted = 16777217.0;  // which no float32 is
+    for (int i = 0; i < n; i++) {
+        targets[i] = i % 3 == 0 ? -1 : i % 3 - 1;  // token 0 is a token
+        counted += i % 3 == 0 ? 0.0 : 1.0;
+    }
     losses[0] = 1e9f;  // in float32 the rest would be lost
     for (int i = 1; i < n; i++) { losses[i] = (float)uniform(0.0, 1.0); }
     double sum = 0.0;
     for (int i = 0; i < n; i++) { sum += (double)losses[i]; }
-    run_rows(AddLosses{total, losses, n}, 1, NULL);
+    run_rows(AddLosses{total, losses, targets, n}, 1, NULL);
     finish();
-    assert_true(fabs(total[0] - (want + sum)) < 2.0 * n * 0x1p-53 * 1e9);  // float32 is off by 32
+    assert_true(total[0].counted == counted);
+    assert_true(fabs(total[0].loss - (want + sum)) < 2.0 * n * 0x1p-53 * 1e9);  // float32 is off by 32
 }
 
 // ---- threads ----
@@ -1190,7 +1245,7 @@ int main(int argc, char** argv) {
         cmocka_unit_test(non_finite_logits_show_in_the_loss),
         cmocka_unit_test(cut_columns_give_the_loss_and_gradient_of_all),
         cmocka_unit_test(non_finite_logits_show_in_the_loss_of_all_parts),
-        cmocka_unit_test(losses_are_added_in_float64),
+        cmocka_unit_test(rows_without_a_target_have_neither_loss_nor_gradient), cmocka_unit_test(losses_are_added_in_float64),
         cmocka_unit_test(results_do_not_depend_on_threads),
     };
     return RUN_TESTS(tests);

@@ -6,7 +6,10 @@
 //
 //     exact   FP32, against one rank: losses, norms, weights, validation and samples
 //     narrow  the other recipes, with all that rounds: nothing but what holds of every run
-//     faults  one rank has a value that is not finite: all skip that step, and it leaves no trace
+//     faults  one rank has a value that is not finite, or nothing counts on all: all skip that step, and it leaves no trace
+//     resume  a checkpoint of one topology, read by another, which writes it anew for the first: the same bits, and the next step is the same
+//
+// Some runs have targets that do not count: not as many in one micro-batch as in another, and in every second step none on every second replica.
 #define TESTING
 #include "../train_gpt_fp8.cu"
 #include "launch.h"
@@ -20,6 +23,7 @@ struct Setting {
     GptConfig config;
     int micro_batches;  // of all replicas together in a step
     StepSettings step;
+    bool masked;        // not every target counts
 };
 
 static bool soak(void) { return getenv("SOAK") != NULL; }
@@ -73,7 +77,7 @@ static Setting setting(const char* name, GptConfig c) {
     s.rules = DecisionRules{0.9, 0.95, 0.25f, 0.0f, 0.0f};
     s.rates = AdamRates{0.06f, 0.9f, 0.95f, 1e-2f, 0.0f};
     s.weight_decay = 0.1f;
-    return Setting{name, c, c.layers > 4 ? c.layers : 2 * c.layers, s};
+    return Setting{name, c, c.layers > 4 ? c.layers : 2 * c.layers, s, false};
 }
 
 // ---- what ranks have in common ----
@@ -179,8 +183,9 @@ struct Session {
     Memory memory;
     std::vector<HostBatch> batches;
     int micro_batches;
-    int64_t step;
+    int64_t step, tokens;  // tokens: of the global batch
     float weight;
+    bool nothing_counts;
     PlanTraffic planned;  // of the dry run
 };
 
@@ -232,7 +237,8 @@ static Session open_session(Topology* t, const Setting* setting) {
     }
     model_set_weights(s.m, NULL);
     for (int i = 0; i < host_batches(&c); i++) { s.batches.push_back(host_batch_create(rows_of(s.m))); }
-    s.weight = 1.0f / (float)(rows_of(s.m) * setting->micro_batches);
+    s.tokens = rows_of(s.m) * setting->micro_batches;
+    s.weight = token_weight(s.tokens);
     return s;
 }
 
@@ -269,6 +275,13 @@ static void expect_traffic(Session* s, bool just_in_time) {
     }
 }
 
+// Does target i of micro-batch `number` of the whole run count? In odd steps none of the odd micro-batches, which one replica of two has
+static bool counts(const Session* s, int64_t number, int i) {
+    if (s->nothing_counts || !s->setting.masked) { return !s->nothing_counts; }
+    if (s->step % 2 == 1) { return number % 2 == 0 && (i + number) % 3 > 0; }
+    return (int64_t)(mix64((uint64_t)(1000 * number + i)) % 8) < number % 5;
+}
+
 // `weight`: of a token, on the way back; `at(k)`: is called when the input of micro-batch k is there; `behind()`: when all have been through
 template <class At, class Behind> static StepRecord step_with(Session* s, float weight, At at, Behind behind) {
     const GptConfig* c = &s->m->config;
@@ -277,10 +290,13 @@ template <class At, class Behind> static StepRecord step_with(Session* s, float 
     run_micro_batches(s->m, s->batches.data(), s->micro_batches, weight, [=](HostBatch* batch, int k) {
         int64_t number = s->step * s->setting.micro_batches + (int64_t)k * c->layout.dp + c->layout.replica;
         fill_batch(batch, c, number * c->B);
+        for (int i = 0; i < c->B * c->T; i++) {
+            if (!counts(s, number, i)) { batch->targets[i] = -1; }
+        }
         at(k);
     });
     behind();
-    finish_step(s->m, &s->setting.step, s->weight);
+    finish_step(s->m, &s->setting.step, s->tokens);
     StepRecord r = read_record(s->m);
     expect_traffic(s, just_in_time);
     expect_same_record(s, &r);
@@ -332,6 +348,15 @@ static void write_text(Group* world) {
         CHECK(f != NULL, "%s", path);
         for (int i = 0; i < 4096; i++) { putc('A' + (int)(mix64((uint64_t)i / 2) % 26), f); }
         fclose(f);
+        f = fopen((std::string(path) + ".bin").c_str(), "w");
+        CHECK(f != NULL, "%s.bin", path);
+        std::vector<uint32_t> shard(256 + 4096);
+        shard[0] = 20240801;
+        shard[1] = 8;
+        shard[2] = 4096;
+        for (uint32_t i = 0; i < 4096; i++) { shard[256 + i] = (uint32_t)(mix64(i / 2) % 200) | (i % 50 < 20 || i % 3 == 0 ? 1u << 31 : 0u); }  // windows without any too
+        fwrite(shard.data(), 4, shard.size(), f);
+        fclose(f);
     }
     host_broadcast(world, path, sizeof(path), 0);
     text_path = path;
@@ -340,7 +365,9 @@ static void write_text(Group* world) {
 static double validation_loss(Session* s) {
     DataLoaderConfig c = {};
     c.flag = "--val-data";
-    c.spec = text_path.c_str();
+    std::string shard = text_path + ".bin";
+    c.spec = s->setting.masked ? shard.c_str() : text_path.c_str();
+    c.vocab = 256;
     c.seq_len = s->setting.config.T;
     c.rank = s->topology->data.rank;
     c.ranks = s->topology->data.size;
@@ -358,7 +385,8 @@ static double validation_loss(Session* s) {
 // Longer than the window. A rank that draws by itself, or another's logits
 static std::vector<int> sample(Session* s) {
     std::vector<int> tokens((size_t)s->setting.config.T + 6, 0);
-    generate(s->m, tokens.data(), (int)tokens.size(), 5);
+    Generation g = {Sampling{}, 5};
+    generate(s->m, tokens.data(), 1, (int)tokens.size(), &g);
     std::vector<uint64_t> bits(tokens.begin(), tokens.end());
     expect_same_on(&s->topology->pipe, s->name, "tokens", bits);
     expect_same_on(&s->topology->tensor, s->name, "tokens", bits);
@@ -492,9 +520,11 @@ static const char* const zero_names[] = {"", ", ZeRO 1 flat", ", ZeRO 1 whole", 
 
 static void check_exact(Group* world) {
     Setting settings[] = {setting("fp32, tied, learned positions", config_of(world->size, KIND_FP32, true, false)),
-                          setting("fp32, a head of its own, rope", config_of(world->size, KIND_FP32, false, true))};
-    Exact want[2];
-    for (int i = 0; i < 2; i++) {
+                          setting("fp32, a head of its own, rope", config_of(world->size, KIND_FP32, false, true)),
+                          setting("fp32, some count, tied, rope", config_of(world->size, KIND_FP32, true, true))};
+    settings[2].masked = true;
+    Exact want[3];
+    for (int i = 0; i < 3; i++) {
         if (world->rank == 0) { want[i] = train_alone(&settings[i]); }
         share(world, &want[i]);
     }
@@ -502,7 +532,7 @@ static void check_exact(Group* world) {
     each_topology(world, [&](Topology* t, int number) {
         for (int zero = 0; zero < 5; zero++) {
             bool turn = zero == 0 || (t->layout.dp > 1 && (soak() || (zero + number) % (world->size > 4 ? 6 : 2) == 0));
-            for (int i = 0; turn && i < 2; i++) {
+            for (int i = 0; turn && i < 3; i++) {
                 if (!soak() && world->size > 4 && (zero + number + i) % 2 == 0) { continue; }
                 Setting s = settings[i];
                 s.name += zero_names[zero];
@@ -548,7 +578,9 @@ static void check_narrow(Group* world) {
             if (kind != KIND_BF16 && taken % 4 == 0) { c.bf16_layers.first = 1; }
             if (kind != KIND_BF16 && taken % 3 == 0) { c.fp8_min_size = c.width + (taken % 2 == 0 ? 1 : c.width * 3 / 4); }  // without attention's projection, without attention
             Setting s = setting(kind_names[kind], c);
+            s.masked = taken % 3 == 1;
             s.name += tied ? ", tied" : ", untied";
+            if (s.masked) { s.name += ", some count"; }
             if (kind != KIND_BF16) { s.name += current ? ", current" : ", delayed"; }
             s.name += ", recompute " + std::to_string(recompute) + zero_names[zero];
             if (c.fp8_min_size > 0) { s.name += ", FP8 from " + std::to_string(c.fp8_min_size) + " on"; }
@@ -559,8 +591,8 @@ static void check_narrow(Group* world) {
 
 // ---- faults ----
 
-enum Fault { NAN_WEIGHT, NAN_ACTIVATION, INF_VECTOR, INF_MATRIX, NAN_LOGITS, FAULTS };
-static const char* const fault_names[] = {"a weight", "an activation", "a vector's gradient", "a matrix's gradient", "gradients of logits"};
+enum Fault { NAN_WEIGHT, NAN_ACTIVATION, INF_VECTOR, INF_MATRIX, NAN_LOGITS, NOTHING_COUNTS, FAULTS };
+static const char* const fault_names[] = {"a weight", "an activation", "a vector's gradient", "a matrix's gradient", "gradients of logits", "a batch in which nothing counts"};
 
 static void write_value(Model* m, void* array, DType t, size_t i, float value) {
     uint32_t bits = float_to_bits(value) >> (t == BF16 ? 16 : 0);
@@ -596,6 +628,7 @@ static void check_fault(Session* s, Fault fault) {
     char* spoiled = p == NULL ? NULL : (char*)advance(p->weight, p->dtype, element);
     std::vector<char> was = from_device<char>(spoiled, p == NULL ? 0 : (size_t)dtype_bytes(p->dtype));
     if (p != NULL) { write_value(m, p->weight, p->dtype, element, NAN); }
+    s->nothing_counts = fault == NOTHING_COUNTS;
     StepRecord r = step_with(s, fault == NAN_LOGITS && here ? NAN : s->weight, [=](int k) {
         if (!here || k != K - 1) { return; }
         Layer* layers = m->kept + (size_t)(k % m->config.in_flight) * (size_t)stage_layers(&m->config);
@@ -604,10 +637,12 @@ static void check_fault(Session* s, Fault fault) {
     }, [=] {
         if (here && fault == INF_VECTOR) { write_value(m, m->layers->ln1w->accumulator, FP32, 1, INFINITY); }
     });
+    s->nothing_counts = false;
     weights_finish(&m->reduction, m->stream);
     if (p != NULL) { copy_to_device(spoiled, was.data(), was.size(), m->stream); }
-    int want = fault == NAN_WEIGHT || fault == NAN_ACTIVATION ? SKIP_NON_FINITE_LOSS : SKIP_NON_FINITE_NORM;
+    int want = fault == NAN_WEIGHT || fault == NAN_ACTIVATION ? SKIP_NON_FINITE_LOSS : fault == NOTHING_COUNTS ? SKIP_NOTHING_COUNTS : SKIP_NON_FINITE_NORM;
     CHECK(r.skipped == want, "%s: %s: %d, loss %g, norm %g", s->name.c_str(), fault_names[fault], r.skipped, r.loss, r.grad_norm);
+    CHECK(fault != NOTHING_COUNTS || (r.loss == 0.0 && r.grad_norm == 0.0), "%s: of nothing: loss %g, norm %g", s->name.c_str(), r.loss, r.grad_norm);
     CHECK(held_by(m) == before, "%s: %s has left a trace", s->name.c_str(), fault_names[fault]);
     StepRecord next = take_step(s);
     CHECK(next.applied == r.applied + 1 && isfinite(next.loss) && isfinite(next.grad_norm), "%s: after %s: %g", s->name.c_str(), fault_names[fault], next.loss);
@@ -630,6 +665,126 @@ static void check_faults(Group* world) {
     });
 }
 
+// ---- checkpoints ----
+
+static std::string new_folder(Group* world) {
+    char folder[64] = "";
+    if (world->rank == 0) {
+        snprintf(folder, sizeof(folder), "/tmp/parallel.%d.XXXXXX", (int)getpid());
+        CHECK(mkdtemp(folder) != NULL, "%s", strerror(errno));
+    }
+    host_broadcast(world, folder, sizeof(folder), 0);
+    return folder;
+}
+
+static void save_session(Session* s, const std::string& folder, int64_t step) {
+    Checkpoints c;
+    checkpoints_open(&c, folder, 0, step % 2 == 0 ? (size_t)1 << 30 : 0, &s->topology->world);  // with a copy in memory, or piece by piece
+    std::vector<Checksum> texts;
+    if (s->topology->world.rank == 0) { texts.push_back({json_pages(counters_json(s->m)), "config.json"}); }
+    checkpoint_begin(&c, step, checkpoint_share(s->m), texts, s->m->stream);
+    checkpoint_conclude(&c);
+    SaveOutcome o = checkpoint_outcome(&c);
+    CHECK(o.good, "%s: %s", s->name.c_str(), o.wrong);
+    checkpoints_close(&c);
+}
+
+static int64_t load_session(Session* s, const std::string& folder, int64_t step) {
+    std::string path = folder + "/" + checkpoint_name(step), text;
+    std::vector<Checksum> sums;
+    CheckpointReader reader;
+    std::string wrong = checkpoint_verify(&sums, path, &s->topology->world);
+    wrong = wrong.empty() ? reader_open(&reader, path, sums) : wrong;
+    wrong = wrong.empty() ? read_text(&text, path + "/config.json") : wrong;
+    CHECK(wrong.empty(), "%s: %s", s->name.c_str(), wrong.c_str());
+    json_object* counters = json_tokener_parse(text.c_str());
+    int64_t rounded = load_states(s->m, &reader, json_int(counters, "replicas"));
+    counters_restore(s->m, counters);
+    json_object_put(counters);
+    weights_finish(&s->m->reduction, s->m->stream);
+    return rounded;
+}
+
+// The same step within the recipe's noise of another order of sums
+static void expect_near(const Session* s, const StepRecord* r, const StepRecord* of) {
+    double most = s->m->config.act == FP32 ? 1e-5 : 4e-3, apart = fabs(r->loss - of->loss) / of->loss;
+    CHECK(apart <= most && r->applied == of->applied, "%s: the next step's loss is %.9g, not %.9g", s->name.c_str(), r->loss, of->loss);
+}
+
+// What two steps have left goes from topology `a` to `b` and back
+static void check_resumed(Topology* a, Topology* b, const Setting* one, const std::string& folder, bool aligned) {
+    Session first = open_session(a, one);
+    take_step(&first);
+    take_step(&first);
+    fill_windows(first.m);
+    weights_finish(&first.m->reduction, first.m->stream);
+    Held held = held_by(first.m);
+    save_session(&first, folder, 2);
+    StepRecord want = take_step(&first);
+    int64_t step = first.step - 1;
+    close_session(&first);
+
+    Session other = open_session(b, one);
+    int64_t rounded = load_session(&other, folder, 2);
+    CHECK(!aligned || rounded == 0, "%s: %d blocks were rounded again", other.name.c_str(), (int)rounded);
+    expect_in_common(other.m, other.name);
+    other.step = step;
+    save_session(&other, folder, 3);
+    StepRecord near = take_step(&other);
+    expect_near(&other, &near, &want);
+    std::string through = ", through " + other.name;
+    close_session(&other);
+
+    Session again = open_session(a, one);
+    load_session(&again, folder, aligned ? 3 : 2);
+    again.name += through;
+    again.step = step;
+    bool keeps_headroom = b->layout.dp == a->layout.dp || !keeps_mu(again.m);  // it belongs to a number of replicas
+    Held back = held_by(again.m);
+    CHECK(back.weights == held.weights && back.states == held.states && back.sites == held.sites && (back.scales == held.scales || !keeps_headroom), "%s: other bits than it began with: %d%d%d%d",
+        again.name.c_str(), back.weights == held.weights, back.states == held.states, back.scales == held.scales, back.sites == held.sites);
+    StepRecord same = take_step(&again);
+    if (keeps_headroom || !aligned) { CHECK(memcmp(&same, &want, sizeof(same)) == 0, "%s: the next step's loss %.17g and norm %.17g, not %.17g and %.17g", again.name.c_str(), same.loss, same.grad_norm, want.loss, want.grad_norm); }
+    close_session(&again);
+}
+
+static void check_resumes(Group* world) {
+    std::vector<Topology> all;
+    int ranks = world->size;
+    for (int tp = 1; tp <= ranks; tp++) {
+        for (int pp = 1; pp * tp <= ranks; pp++) {
+            if (ranks % (pp * tp) != 0) { continue; }
+            Topology t = {};
+            t.world = *world;
+            topology_split(&t, tp, pp);
+            all.push_back(t);
+        }
+    }
+    std::string folder = new_folder(world);
+    size_t n = all.size();
+    for (int kind = KIND_FP8; kind <= KIND_FP32; kind++) {
+        bool blocks = kind == KIND_FP8;
+        for (size_t i = 0; i < n; i++) {
+            if (!soak() && n > 3 && i % 3 != (size_t)kind % 3) { continue; }
+            GptConfig c = config_of(ranks, (Kind)kind, i % 2 == 0, kind % 2 == 0);
+            bool aligned = !blocks || (soak() ? i % 2 == 0 : i == 0);
+            if (blocks && aligned) { c.width = STATE_BLOCK * ranks; }  // a rank's columns are whole blocks
+            size_t to = (i + (n > 2 ? 2 : 1)) % n;
+            c.reduction.zero = zeros[all[i].layout.dp > 1 || all[to].layout.dp > 1 ? (i + (size_t)kind) % 5 : 0];
+            Setting one = setting(kind_names[kind], c);
+            check_resumed(&all[i], &all[to], &one, folder, aligned);
+        }
+    }
+    for (Topology& t : all) {
+        for (Group* g : {&t.pipe, &t.tensor, &t.data}) { group_free(g); }
+    }
+    barrier(world);
+    if (world->rank == 0) {
+        for (const std::string& name : names_in(folder)) { remove_folder(folder + "/" + name); }
+        remove_folder(folder);
+    }
+}
+
 static int run_rank(const char* mode, int argc, char** argv) {
     World world = world_init(&argc, &argv);
     world_select_device(&world);
@@ -641,9 +796,13 @@ static int run_rank(const char* mode, int argc, char** argv) {
     if (strcmp(mode, "exact") == 0) { check_exact(&group); }
     else if (strcmp(mode, "narrow") == 0) { check_narrow(&group); }
     else if (strcmp(mode, "faults") == 0) { check_faults(&group); }
+    else if (strcmp(mode, "resume") == 0) { check_resumes(&group); }
     else { CHECK(false, "%s", mode); }
     barrier(&group);
-    if (group.rank == 0) { unlink(text_path.c_str()); }
+    if (group.rank == 0) {
+        unlink(text_path.c_str());
+        unlink((text_path + ".bin").c_str());
+    }
     printf("held\n");
     group_free(&group);
     world_finalize(&world);
@@ -671,12 +830,17 @@ static void what_is_not_finite_on_one_rank_makes_all_skip_the_step(void**) {
     for (int ranks : {1, 2, 4, 6, 8}) { expect_all(ranks, "faults"); }
 }
 
+static void a_checkpoint_goes_to_any_topology_and_back(void**) {
+    for (int ranks : {1, 2, 4}) { expect_all(ranks, "resume"); }
+}
+
 int main(int argc, char** argv) {
     if (argc == 3) { return run_rank(argv[1], argc, argv); }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(in_fp32_every_topology_does_what_one_rank_does),
         cmocka_unit_test(in_every_recipe_ranks_have_the_same_bits_and_send_what_is_planned),
         cmocka_unit_test(what_is_not_finite_on_one_rank_makes_all_skip_the_step),
+        cmocka_unit_test(a_checkpoint_goes_to_any_topology_and_back),
     };
     return cmocka_run_group_tests_name("parallel", tests, NULL, NULL);
 }

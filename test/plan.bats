@@ -295,17 +295,17 @@ EOT
     [ "$(grep -c '^note' d12)" = 1 ]
     grep -q "^${note}attproj, 768 -> 768 at 4096 tokens; --fp8-min-size 769 leaves them in BF16$" d12
     plan --plan --init d12 --fp8-min-size 769 > without
-    ! grep -q '^note' without
+    lacks '^note' without
     plan --plan --init d12 --fp8-min-size 768 | diff - d12
     plan --plan --init gpt2:d6 --micro-batch 1 > d6
     [ "$(grep -c "^$note" d6)" = 4 ]
     plan --plan --init gpt2:d6 --micro-batch 1 --fp8-min-size 769 > without # 384 × 4·384
-    ! grep -q '^note' without
+    lacks '^note' without
     plan --plan --init d12 --tp 4 > tp
     grep -q "attproj, 192 -> 768 at 4096 tokens on a rank; --fp8-min-size 769 leaves" tp
     for flags in "--init gpt3:7b" "--init d12 --recipe bf16" "--init d12 --bf16-layers first:12"; do
         plan --plan $flags > none
-        ! grep -q '^note' none
+        lacks '^note' none
     done
     plan --plan --json --init d12 > json
     [ "$(wc -l < json)" = 1 ]

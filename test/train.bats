@@ -53,7 +53,7 @@ mean_of_last_10() { column "$1" "$2" | tail -n 10 | awk '{ sum += $1 } END { pri
         [ "$(grep -c '"val_loss"' $recipe/log.jsonl)" = 3 ]
         [ "$(grep -c '"loss"' $recipe/log.jsonl)" = 40 ] # a validation line has none
         [ "$(grep -c '^step *[0-9]*/40 | loss [0-9.]* | norm [0-9.]* | lr [0-9.e-]* | .* tok/s | eta [0-9:?]*$' $recipe.out)" = 40 ]
-        [ "$(grep -c '^step *[0-9]*/40 | val loss [0-9.]*$' $recipe.out)" = 3 ]
+        [ "$(grep -c '^step *[0-9]*/40 | val loss [0-9.]* | perplexity [0-9.e+]*$' $recipe.out)" = 3 ]
         holds 'a - b < 0.35 && b - a < 0.35' a="$(last loss $recipe)" b="$(last val_loss $recipe)" # the same text: no leak, no gap
     done
     different_column loss fp32 bf16
@@ -583,7 +583,94 @@ RUNS
     [ "$(grep -c 'sample of 8 tokens' out)" = 2 ] # at 3 and 5
 }
 
+# ---- loss mask ----
+
+# Prompts are random bytes: nobody knows them, at ln 64 each; responses follow from them. Records are as long as a window, 11 of whose 15 targets within the record, and the first
+# of the next record's, are a prompt's
+@test "fine-tuning with a loss mask learns the responses and not the prompts" {
+    local flags="--vocab 144 --layers 1 --heads 2 --width 32 --seq-len 16 --micro-batch 16 --recipe fp32 --steps 150 --lr 1e-2 --warmup 5"
+    local val="--val-every 150 --val-batches 8" entropy run
+    answers masked.bin 8 2000
+    answers plain.bin 7 2000
+    answers masked_val.bin 8 400 99
+    answers plain_val.bin 7 400 99
+    "$TRAIN" --train-data masked.bin --val-data masked_val.bin $flags $val --output-dir a > a.out
+    "$TRAIN" --train-data masked.bin --val-data plain_val.bin $flags $val --output-dir b > b.out
+    "$TRAIN" --train-data plain.bin --val-data plain_val.bin $flags $val --output-dir c > c.out
+    "$TRAIN" --train-data plain.bin --val-data masked_val.bin $flags $val --output-dir d > d.out
+    same_column loss a b 0
+    same_column loss c d 0
+    for run in a b c d; do valid_json $run/log.jsonl; done
+    grep -q 'data .*tokens an epoch (uint32 shards with a loss mask)' a.out
+    [ "$(last tokens a)" = 38400 ] # all are counted, and in tokens a second too
+    entropy=$(awk 'BEGIN { print 12 / 16 * log(64) }')
+    echo "# validation: $(last val_loss a) $(last val_loss b) $(last val_loss c) $(last val_loss d), prompts' share $entropy" >&3
+    holds 'a > 4.5 && a < 5.5 && b < 0.05' a="$(first loss a)" b="$(last loss a)"
+    holds 'v < 0.05' v="$(last val_loss a)"                              # responses
+    holds 'v > 0.98 * e' v="$(last val_loss b)" e="$entropy"             # all: what prompts cost at least
+    holds 'v > 0.98 * e && v < 1.1 * e' v="$(last val_loss c)" e="$entropy"
+    holds 'v < 0.5' v="$(last val_loss d)"                               # which the responses alone show, whatever was trained on
+    holds 'b - c > 0.02' b="$(last val_loss b)" c="$(last val_loss c)"   # prompts that were not trained on
+}
+
+@test "a mask that masks nothing changes no bit of a run; shards with and without one mix" {
+    local flags="--vocab 144 --layers 2 --heads 2 --width 64 --seq-len 24 --micro-batch 3 --global-batch 144 --steps 6 --val-every 3" recipe
+    answers plain.bin 7 300
+    answers open.bin 8 300 7 none
+    answers masked.bin 8 300 5
+    for recipe in fp32 fp8; do
+        "$TRAIN" --train-data plain.bin --val-data plain.bin $flags --recipe $recipe --output-dir plain > out
+        "$TRAIN" --train-data open.bin --val-data open.bin $flags --recipe $recipe --output-dir open > out
+        same_column loss plain open 0
+        same_column grad_norm plain open 0
+        same_column val_loss plain open 0
+        "$TRAIN" --train-data 0.5:masked.bin,0.5:plain.bin --val-data open.bin,masked.bin $flags --recipe $recipe --output-dir mixed > out
+        different_column loss plain mixed
+        holds 'a > 4 && a < 6' a="$(last loss mixed)"
+    done
+}
+
+# Fails where a mean is of a rank's own tokens, or where one micro-batch's count is taken for all
+@test "a loss mask gives the same losses however the ranks divide the work" {
+    have_mpi
+    local flags="--vocab 144 --layers 2 --heads 2 --width 64 --seq-len 10 --micro-batch 1 --global-batch 80 --steps 12 --lr 3e-3 --val-every 6 --val-batches 2" recipe bound ranks tp pp
+    answers masked.bin 8 300
+    for recipe in fp32 fp8; do
+        bound=$([ $recipe = fp32 ] && echo 1e-5 || echo 5e-2)
+        "$TRAIN" --train-data masked.bin --val-data masked.bin $flags --val-batches 8 --recipe $recipe --output-dir one > out
+        while read -r ranks tp pp; do
+            mpi "$ranks" "$TRAIN" --train-data masked.bin --val-data masked.bin $flags --val-batches $((8 * tp * pp / ranks)) --recipe $recipe --tp "$tp" --pp "$pp" \
+                --output-dir many > out < /dev/null
+            same_column loss one many $bound
+            same_column val_loss one many $bound
+            [ $recipe != fp32 ] || same_column grad_norm one many $bound
+        done <<< '2 1 1
+4 1 1
+2 2 1
+2 1 2'
+    done
+}
+
 # ---- steps that are not taken ----
+
+@test "steps in which nothing counts are skipped, logged, and valid JSON; what validates must have something" {
+    answers all.bin all 300
+    local flags="--vocab 144 --layers 1 --heads 2 --width 32 --seq-len 16 --micro-batch 4 --steps 3" recipe
+    for recipe in fp32 fp8; do
+        run "$TRAIN" --train-data all.bin $flags --recipe $recipe --output-dir a
+        [ "$status" = 0 ]
+        [ "$(column skipped a | uniq -c | tr -s ' ')" = ' 3 "no token counts in the loss"' ]
+        [ "$(column loss a | sort -u | tr -d '.0')" = '' ]
+        [ "$(column loss a | wc -l)" = 3 ]
+        valid_json a/log.jsonl
+        [ "$(grep -c 'skipped (no token counts in the loss)' <<< "$output")" = 3 ]
+        [[ $output == *'3 of 3 steps were skipped, 0 of them for a loss or gradient that was not finite'* ]]
+        [[ $output != *nan* && $output != *inf* ]]
+    done
+    run --separate-stderr "$TRAIN" --train-data all.bin --val-data all.bin $flags --val-batches 2 --output-dir b
+    [ "$status" = 2 ]
+    [ "$stderr" = "train_gpt_fp8: --val-data: 'all.bin' has no token that counts in the loss in its 8 windows for validation; allowed: one at least" ]
+}
 
 @test "non-finite steps are skipped, logged, and valid JSON" {
     cp "$golden/llmc_v3.bin" nan.bin

@@ -103,13 +103,13 @@ static double over_ranks(Group* g, size_t bytes) {
 static double validation_loss(Model* m, Group* g, HostBatch* batch) {
     fill_batch(batch, &m->config, 1000000 + g->rank * m->config.B);
     upload_batch(m, batch);
-    device_zero(m->loss_total, sizeof(double), m->stream);
+    device_zero(m->loss_total, sizeof(LossTotal), m->stream);
     forward(m, m->config.B, INFER);
     head_loss(m, m->config.B, false, 0.0f);
-    double total;
+    LossTotal total;
     copy_to_host(&total, m->loss_total, sizeof(total), m->stream);
-    host_all_reduce_sum(g, &total, 1);
-    return total;
+    host_all_reduce_sum(g, &total.loss, 1);
+    return total.loss;
 }
 
 static Topology topology;  // all ranks are replicas
@@ -130,7 +130,8 @@ static Outcome train_with(Group* g, const Setting* s, int level, ZeroSplit split
     settings.rules = DecisionRules{0.9, 0.95, s->clip, 0.0f, 0.0f};
     settings.rates = AdamRates{3e-3f, 0.9f, 0.95f, 1e-8f, 0.0f};
     settings.weight_decay = 0.1f;
-    float weight = 1.0f / (float)(rows_of(m) * g->size * s->micro_batches);
+    int64_t global_batch = rows_of(m) * g->size * s->micro_batches;
+    float weight = token_weight(global_batch);
     int steps = steps_of_a_run(g), poisoned = steps / 3;
     uint64_t before[COMM_OPERATIONS] = {};
     for (int step = 0; step < steps; step++) {
@@ -139,7 +140,7 @@ static Outcome train_with(Group* g, const Setting* s, int level, ZeroSplit split
             fill_batch(&batch, &config, (int64_t)((step * s->micro_batches + k) * g->size + g->rank) * config.B);
             micro_step(m, &batch, k, k == s->micro_batches - 1, step == poisoned && g->rank == g->size - 1 && k == 0 ? NAN : weight);
         }
-        finish_step(m, &settings, weight);
+        finish_step(m, &settings, global_batch);
         for (int op = 0; op < COMM_OPERATIONS; op++) { out.sent[op] = g->bytes_sent[op] - before[op]; }
         out.records.push_back(read_record(m));
         CHECK(out.records.back().skipped == (step == poisoned ? SKIP_NON_FINITE_NORM : NOT_SKIPPED), "%s: step %d: %d", s->name, step, out.records.back().skipped);
