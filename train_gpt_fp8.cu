@@ -3124,7 +3124,7 @@ static void save_wait(Run* r) {
 // Begins to save the state after `step` steps; waits for the save before it
 static void save_begin(Run* r, int64_t step) {
     save_wait(r);
-    std::vector<Checksum> texts;
+    std::vector<TextFile> texts;
     if (r->topology.world.rank == 0) {
         std::string choices;
         matmul_choices_write(&r->model.matmul, &choices);

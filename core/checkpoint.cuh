@@ -133,6 +133,7 @@ static inline int digest_of_file(Digest* digest, const std::string& path) {
 }
 
 struct Checksum { std::string digest, file; };
+struct TextFile { std::string text, file; };
 
 static inline std::string checksums_text(const std::vector<Checksum>& sums) {
     std::string text;
@@ -311,7 +312,7 @@ struct Checkpoints {           // of a run
     Group world;               // whose exchanges are counted apart
     CheckpointWriter writer;
     int64_t step;              // of the save that is under way; -1: none is
-    std::vector<Checksum> texts;                  // on the first rank: names and contents of the files beside the ranks'
+    std::vector<TextFile> texts;  // on the first rank: the files beside the ranks'
     bool concludes;            // all ranks have written, and the first gives it its name
     SaveOutcome outcome;       // on the first rank, of the save that is under way
     int64_t last;              // step of the newest good one; -1: none
@@ -341,9 +342,9 @@ static inline void writer_release(CheckpointWriter* w) {
 
 static inline std::string unfinished_folder(const Checkpoints* c) { return c->folder + "/" + checkpoint_name(c->step) + ".tmp"; }
 
-// Begins to save the state that is on the device now. All ranks call it, when no save is under way. `texts`: on the first rank, file names with their contents.
+// Begins to save the state that is on the device now. All ranks call it, when no save is under way. `texts`: on the first rank, the files beside the ranks'.
 // Returns at once, or when this rank's file is written where a copy of it has no room.
-static inline void checkpoint_begin(Checkpoints* c, int64_t step, const CheckpointShare& share, const std::vector<Checksum>& texts, Stream s) {
+static inline void checkpoint_begin(Checkpoints* c, int64_t step, const CheckpointShare& share, const std::vector<TextFile>& texts, Stream s) {
     CheckpointWriter* w = &c->writer;
     c->started = c->told = wall_seconds();
     c->seen = 0;
@@ -399,10 +400,10 @@ static inline void checkpoint_begin(Checkpoints* c, int64_t step, const Checkpoi
 static inline std::string checkpoint_commit(bool* named, Checkpoints* c, const std::vector<Checksum>& ranks) {
     std::string folder = unfinished_folder(c), name = checkpoint_name(c->step), target = c->folder + "/" + name, wrong;
     std::vector<Checksum> sums = ranks;
-    for (const Checksum& text : c->texts) {  // file, contents in `digest`
-        wrong = write_text(folder + "/" + text.file, text.digest);
+    for (const TextFile& t : c->texts) {
+        wrong = write_text(folder + "/" + t.file, t.text);
         if (!wrong.empty()) { return wrong; }
-        sums.push_back(Checksum{digest_of(text.digest).hex, text.file});
+        sums.push_back(Checksum{digest_of(t.text).hex, t.file});
     }
     wrong = write_text(folder + "/" + CHECKSUMS, checksums_text(sums));
     if (wrong.empty()) { wrong = error_text(sync_folder(folder), folder); }

@@ -680,7 +680,7 @@ static std::string new_folder(Group* world) {
 static void save_session(Session* s, const std::string& folder, int64_t step) {
     Checkpoints c;
     checkpoints_open(&c, folder, 0, step % 2 == 0 ? (size_t)1 << 30 : 0, &s->topology->world);  // with a copy in memory, or piece by piece
-    std::vector<Checksum> texts;
+    std::vector<TextFile> texts;
     if (s->topology->world.rank == 0) { texts.push_back({json_pages(counters_json(s->m)), "config.json"}); }
     checkpoint_begin(&c, step, checkpoint_share(s->m), texts, s->m->stream);
     checkpoint_conclude(&c);
