@@ -12,7 +12,8 @@
 //   3. AdamW (Loshchilov & Hutter) with decoupled weight decay on the master weights,
 //          m = β1·m + (1-β1)·g,  v = β2·v + (1-β2)·g²,  w = w - lr·(m/(1-β1^t) / (√(v/(1-β2^t)) + ε) + decay·w),
 //      where g is the gradient, its codes times descale and clip factor, and t counts the applied steps only. The same kernel writes the weight of the forward pass. An FP8
-//      weight takes its scale from this step's amax, so it is written in a second pass.
+//      weight takes its scale from this step's amax, so it is written in a second pass; where its blocks of 128 × 128 have scales of their own, a pass over the
+//      new master finds their amaxes first, which are exchanged as those of tensors are, so that every rank makes the scales of every tensor.
 //
 // With ZeRO a rank does this for the stretch of each tensor that it keeps (core/partition.h). Scales belong to the whole tensor: the amaxes of all tensors are exchanged once, between
 // the two passes, between the replicas and between the ranks that share layers. The weights come back to all replicas afterwards (comm.cuh). Blocks of 128 run along what a rank
@@ -416,6 +417,94 @@ struct CastWeight {           // weight = master · scale in the weight's format
     }
 };
 
+// ---- weights scaled by block ----
+
+// Blocks of SCALE_BLOCK × SCALE_BLOCK of a matrix, of which a rank keeps the elements from `first` on
+struct WeightBlocks {
+    int64_t rows, cols, first;
+    DEVICE int64_t tall() const { return ceil_div(rows, (int64_t)SCALE_BLOCK); }
+    DEVICE int64_t wide() const { return ceil_div(cols, (int64_t)SCALE_BLOCK); }
+    // Row and column of the block of element i of what is kept
+    DEVICE int64_t row_of(size_t i) const { return (first + (int64_t)i) / cols / SCALE_BLOCK; }
+    DEVICE int64_t column_of(size_t i) const { return (first + (int64_t)i) % cols / SCALE_BLOCK; }
+    // Do stretches of STATE_BLOCK elements lie within blocks?
+    DEVICE bool aligned() const { return cols % SCALE_BLOCK == 0 && first % SCALE_BLOCK == 0; }
+};
+static_assert(STATE_BLOCK == SCALE_BLOCK, "a stretch is a row of a block");
+static inline WeightBlocks weight_blocks(const Param* p) { return WeightBlocks{p->rows, p->cols, (int64_t)p->own_first}; }
+
+struct BlockAmaxes {          // amaxes (tall, wide) = max(amaxes, max |master|) of the blocks
+    uint32_t* amaxes;
+    StateView master;
+    WeightBlocks blocks;
+    const int* apply;         // NULL or: nothing to do where it points to 0
+    size_t elements;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        if (apply != NULL && *apply == 0) { return; }
+        size_t first = (size_t)piece * PIECE;
+        StateView s = from_element(master, first);
+        WeightBlocks b = blocks;
+        uint32_t* a = amaxes;
+        team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) {
+            auto v = s.read(c, count, false);
+            size_t at = first + c.i;
+            if (b.aligned()) {
+                uint32_t top = team.template block_top<STATE_BLOCK>(magnitude_bits(v));
+                if (count > 0 && team.template leads_block<STATE_BLOCK>()) { atomic_max(&a[b.row_of(at) * b.wide() + b.column_of(at)], top); }
+                return;
+            }
+            for (int k = 0; k < count; k++) { atomic_max(&a[b.row_of(at + (size_t)k) * b.wide() + b.column_of(at + (size_t)k)], magnitude_bits(v.v[k])); }
+        });
+    }
+};
+
+struct BlockDescales {        // row by row of the blocks, for both products, from the amaxes; 1 where rows are padded to a multiple of 4
+    float *descales, *turned;
+    const uint32_t* amaxes;
+    WeightBlocks blocks;
+    float largest;
+    const int* apply;         // as above
+    template <class Team> DEVICE void operator()(Team team, int row) const {
+        if (apply != NULL && *apply == 0) { return; }
+        int tall = (int)blocks.tall(), wide = (int)blocks.wide(), pitch = (int)padded_blocks(wide), turned_pitch = (int)padded_blocks(tall);
+        const uint32_t* a = amaxes + (int64_t)row * wide;
+        float *d = descales + (int64_t)row * pitch, *t = turned + row, most = largest;
+        team.unaligned().each(pitch, [=](auto c) {
+            int column = (int)c.i;
+            float descale = row < tall && column < wide ? 1.0f / block_scale(a[column], most) : 1.0f;
+            if (row < tall) { d[column] = descale; }
+            if (column < wide) { t[(int64_t)column * turned_pitch] = descale; }
+        });
+    }
+};
+
+struct CastBlocks {           // weight = master · scale of its block, in the weight's format
+    char* weight;
+    DType dtype;
+    StateView master;
+    WeightBlocks blocks;
+    const float* descales;    // (tall, pitch)
+    const int* apply;         // as above
+    size_t elements;
+    template <class Team> DEVICE void operator()(Team team, int piece) const {
+        if (apply != NULL && *apply == 0) { return; }
+        size_t first = (size_t)piece * PIECE;
+        StateView s = from_element(master, first);
+        char* out = weight + first * (size_t)dtype_bytes(dtype);
+        WeightBlocks b = blocks;
+        const float* d = descales;
+        int64_t pitch = padded_blocks(b.wide());
+        team.template each_block<STATE_BLOCK>(piece_length(elements, first), [&](auto c, int count) {
+            if (count == 0) { return; }
+            auto v = s.read(c, count, false);
+            auto scale_at = [&](int k) { size_t at = first + c.i + (size_t)k; return 1.0f / d[b.row_of(at) * pitch + b.column_of(at)]; };
+            if (b.aligned()) { store_as(dtype, out, c, count, v, scale_at(0), RoundNearest{}); return; }
+            for (int k = 0; k < count; k++) { v.v[k] *= scale_at(k); }
+            store_as(dtype, out, c, count, v, 1.0f, RoundNearest{});
+        });
+    }
+};
+
 struct SetState {             // state = values, on the host
     StateView state;
     const float* values;
@@ -449,6 +538,7 @@ struct OptimizerConfig {
     bool by_block;                         // scales by block instead of by tensor
     Rounding master_rounding, moment_rounding;
     uint64_t seed;
+    bool weights_by_block = false;         // FP8 weights have a scale for each 128 × 128
 };
 
 struct Optimizer {
@@ -467,6 +557,8 @@ struct Optimizer {
     uint8_t* counted;         // (tensors) does this rank count it in the norm?
     int64_t* first_piece;     // (tensors + 1)
     uint32_t* amaxes;         // (tensors, 3) of new master, m and v
+    uint32_t* block_amaxes;   // of the blocks of all weights that are scaled so
+    size_t blocks;
 };
 
 // The states of one kind, one tensor's stretch after the other, each at a multiple of PARAM_ALIGNMENT elements. `are_there`: the weights are they
@@ -494,6 +586,32 @@ static inline void allocate_states(ParamTable* table, OptimizerTensor Param::* k
     }
 }
 
+// The amaxes and descales of weights that are scaled by block
+static inline void allocate_blocks(Optimizer* o, ParamTable* table, Memory* memory) {
+    auto each = [&](auto f) {
+        for (int i = 0; o->config.weights_by_block && i < table->count; i++) {
+            Param* p = &table->items[i];
+            if (is_fp8(p->dtype)) { f(p, (size_t)weight_blocks(p).tall(), (size_t)weight_blocks(p).wide()); }
+        }
+    };
+    size_t descales = 0;
+    o->blocks = 0;
+    each([&](Param*, size_t tall, size_t wide) {
+        o->blocks += tall * wide;
+        descales += tall * (size_t)padded_blocks((int64_t)wide) + wide * (size_t)padded_blocks((int64_t)tall);
+    });
+    uint32_t* amax = o->block_amaxes = memory_take<uint32_t>(memory, OPTIMIZER, o->blocks);
+    float* descale = memory_take<float>(memory, WEIGHTS, descales);
+    if (!memory->committed) { return; }
+    each([&](Param* p, size_t tall, size_t wide) {
+        p->block_amaxes = amax;
+        p->block_descales = descale;
+        p->turned_descales = descale += tall * (size_t)padded_blocks((int64_t)wide);
+        descale += wide * (size_t)padded_blocks((int64_t)tall);
+        amax += tall * wide;
+    });
+}
+
 // `weights_are_masters`: in fp32 the weights, which are there before, serve as masters too
 static inline void optimizer_allocate(Optimizer* o, ParamTable* table, bool weights_are_masters, Memory* memory) {
     int64_t pieces = 0;
@@ -511,6 +629,7 @@ static inline void optimizer_allocate(Optimizer* o, ParamTable* table, bool weig
     o->counted = memory_take<uint8_t>(memory, OPTIMIZER, (size_t)table->count);
     o->first_piece = memory_take<int64_t>(memory, OPTIMIZER, (size_t)table->count + 1);
     o->amaxes = memory_take<uint32_t>(memory, OPTIMIZER, 3 * (size_t)table->count);
+    allocate_blocks(o, table, memory);
 }
 
 // Empty states, no steps applied; the gaps between tensors are zero and stay so
@@ -563,11 +682,30 @@ static inline bool master_is_weight(const Param* p) { return p->dtype == FP32 &&
 static inline bool states_in_fp32(const Param* p) { return p->master.dtype == FP32 && p->m.dtype == FP32 && p->v.dtype == FP32; }
 static inline bool scaled_by_tensor(const Param* p) { return p->master.slot != NULL || p->m.slot != NULL || p->v.slot != NULL; }
 
+// The scales of all weights that are scaled by block, and the codes of what this rank keeps of them, from the masters. `apply`: NULL: always
+static inline void block_weights_from_masters(Optimizer* o, ParamTable* table, const int* apply, Stream s) {
+    if (o->blocks == 0) { return; }
+    auto each = [&](auto f) {
+        for (int i = 0; i < table->count; i++) {
+            Param* p = &table->items[i];
+            if (p->block_descales != NULL) { f(p, view_of(&p->master, NEAREST), weight_blocks(p), pieces_of(p->own_count)); }
+        }
+    };
+    device_zero(o->block_amaxes, o->blocks * sizeof(uint32_t), s);
+    each([&](Param* p, StateView master, WeightBlocks b, int pieces) { run_rows(BlockAmaxes{p->block_amaxes, master, b, apply, p->own_count}, pieces, s); });
+    if (o->partitioned) { all_reduce_max(o->data, (float*)o->block_amaxes, o->blocks, s); }
+    each([&](Param* p, StateView master, WeightBlocks b, int pieces) {
+        int rows = (int)padded_blocks(b.tall());
+        run_rows(BlockDescales{p->block_descales, p->turned_descales, p->block_amaxes, b, largest_of(p->dtype), apply}, rows, s);
+        run_rows(CastBlocks{(char*)own_weight(p), p->dtype, master, b, p->block_descales, apply, p->own_count}, pieces, s);
+    });
+}
+
 // The forward pass's weights from the masters, whose amaxes are there. `apply`: NULL: always and all; else those that the update has not written
 static inline void weights_from_masters(Optimizer* o, ParamTable* table, const int* apply, Stream s) {
     for (int i = 0; i < table->count; i++) {
         Param* p = &table->items[i];
-        if (apply != NULL && (scaled_by_tensor(p) || !is_fp8(p->dtype))) { continue; }
+        if (p->block_descales != NULL || (apply != NULL && (scaled_by_tensor(p) || !is_fp8(p->dtype)))) { continue; }
         if (is_fp8(p->dtype)) {
             run_rows(StateSlots{{NULL, NULL, NULL, p->slot}, {0.0f, 0.0f, 0.0f, largest_of(p->dtype)}, amaxes_of(o, table, p), apply}, 4, s);
         }
@@ -575,6 +713,7 @@ static inline void weights_from_masters(Optimizer* o, ParamTable* table, const i
         run_rows(CastWeight{(char*)own_weight(p), p->dtype, view_of(&p->master, NEAREST), is_fp8(p->dtype) ? p->slot + 1 : NULL, apply, p->own_count},
                  pieces_of(p->own_count), s);
     }
+    block_weights_from_masters(o, table, apply, s);
 }
 
 // After the masters were set from outside (initialisation, import): what this rank keeps of the forward pass's weights
@@ -582,7 +721,7 @@ static inline void optimizer_cast_weights(Optimizer* o, ParamTable* table, Strea
     device_zero(o->amaxes, 3 * (size_t)table->count * sizeof(uint32_t), s);
     for (int i = 0; i < table->count; i++) {
         const Param* p = &table->items[i];
-        if (!is_fp8(p->dtype) || p->own_count == 0) { continue; }
+        if (!is_fp8(p->dtype) || p->block_descales != NULL || p->own_count == 0) { continue; }
         run_rows(MasterAmax{amaxes_of(o, table, p), view_of(&p->master, NEAREST), p->own_count}, pieces_of(p->own_count), s);
     }
     share_amaxes(o, table, s);
@@ -742,7 +881,7 @@ static inline void optimizer_update(Optimizer* o, ParamTable* table, AdamRates r
         if (p->own_count == 0) { continue; }
         NarrowUpdate update = narrow_update(o, p, rates_of(p), step);
         update.measured = true;
-        update.weight = master_is_weight(p) ? NULL : (char*)own_weight(p);
+        update.weight = master_is_weight(p) || p->block_descales != NULL ? NULL : (char*)own_weight(p);
         update.weight_scale = fp8 ? p->slot + 1 : NULL;
         run_update(update, s);
     }
@@ -750,7 +889,7 @@ static inline void optimizer_update(Optimizer* o, ParamTable* table, AdamRates r
 }
 
 // What AdamW moves in a step on this rank: gradient, states, and the weight of the forward pass. States that are scaled by tensor are read twice, with the
-// gradient; an FP8 weight of other states takes a second pass over the master.
+// gradient; an FP8 weight of other states takes a second pass over the master, one that is scaled by block two passes of its own.
 static inline Traffic optimizer_traffic(const Optimizer* o, const ParamTable* table) {
     Traffic t = {};
     for (int i = 0; i < table->count; i++) {
@@ -759,7 +898,8 @@ static inline Traffic optimizer_traffic(const Optimizer* o, const ParamTable* ta
         double states = master + dtype_bytes(p->m.dtype) + dtype_bytes(p->v.dtype);
         t.updated += states * n;
         bool by_tensor = !o->config.by_block && (has_scale(p->master.dtype) || has_scale(p->m.dtype) || has_scale(p->v.dtype));
-        t.read += (grad + (by_tensor ? grad + states : is_fp8(p->dtype) ? master : 0.0)) * n;
+        bool blocks = o->config.weights_by_block && is_fp8(p->dtype);
+        t.read += (grad + (by_tensor ? grad + states : is_fp8(p->dtype) && !blocks ? master : 0.0) + (blocks ? 2.0 * master : 0.0)) * n;
         t.written += master_is_weight(p) ? 0.0 : (double)dtype_bytes(p->dtype) * n;
     }
     return t;

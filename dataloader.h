@@ -20,7 +20,8 @@
 #include <fcntl.h>     // open
 #include <glob.h>      // glob: expansion of data/*.bin
 #include <sys/stat.h>  // stat: file sizes
-#include "core/common.h"
+#include "core/files.h"    // what there is like a file that is missing
+#include "core/trouble.h"  // error_of
 
 static const int LOADER_HEADER_BYTES = 1024;                  // 256 int32
 static const int LOADER_MAX_SOURCES = 64;                     // weighted entries of a blend
@@ -29,6 +30,9 @@ static const int LOADER_CHUNK = 64 * 1024;                    // tokens a read w
 static const int64_t LOADER_SCAN_TOKENS = 128 * 1024 * 1024;  // tokens checked at open, over all files (about 0.2 s)
 static const uint32_t LOADER_MASK_BIT = 1u << 31;             // of a token that does not count in the loss
 static const int32_t LOADER_NOT_COUNTED = -1;                 // such a token as a target
+// How to come by data, to end a message with
+static const char* const LOADER_ADVICE = "allowed: a file, a glob, a list a.bin,b.bin, or a blend 0.7:a*.bin,0.3:b*.bin, of text files or token shards; scripts/tokenize.py makes shards, make demo a text "
+    "to try (demo/text.txt)";
 static_assert(sizeof(off_t) == 8, "shards may be larger than 2 GiB");
 
 // The kind of a file; the value is the bytes a token takes.
@@ -168,8 +172,8 @@ static inline int loader_descriptor(DataLoader* loader, int index) {
         *slot = -1;
     }
     do { file->fd = open(file->path, O_RDONLY | O_CLOEXEC); } while (file->fd < 0 && errno == EINTR);
-    if (file->fd < 0 && file->tokens == 0) { bad_input("%s: %s cannot be read: %s", loader->config.flag, file->path, strerror(errno)); }
-    if (file->fd < 0) { die("%s: %s cannot be opened any more: %s", loader->config.flag, file->path, strerror(errno)); }
+    if (file->fd < 0 && file->tokens == 0) { bad_input("%s: %s cannot be read: %s", loader->config.flag, file->path, error_of(errno).c_str()); }
+    if (file->fd < 0) { die("%s: %s cannot be opened any more: %s", loader->config.flag, file->path, error_of(errno).c_str()); }
     *slot = index;
     return file->fd;
 }
@@ -244,7 +248,7 @@ static inline void loader_check_file(DataLoader* loader, int index) {
     size_t length = strlen(path);
     if (kind == LOADER_TEXT) {
         if (length >= 4 && strcmp(path + length - 4, ".bin") == 0) {
-            bad_input("%s: %s has the magic number %d; allowed in a .bin file: 20240520 (uint16 tokens), 20240801 (uint32 tokens)", flag,
+            bad_input("%s: %s has the magic number %d; allowed in a .bin file: 20240520 (uint16 tokens), 20240801 (uint32 tokens), as scripts/tokenize.py writes them", flag,
                       path, magic);
         }
         file->tokens = bytes;
@@ -275,8 +279,8 @@ static inline void loader_check_file(DataLoader* loader, int index) {
                   names[kind]);
     }
     if (file->tokens - 1 < loader->config.seq_len) {
-        bad_input("%s: %s has %" PRId64 " tokens, less than one window; --seq-len %d needs at least %" PRId64, flag, path, file->tokens,
-                  loader->config.seq_len, (int64_t)loader->config.seq_len + 1);
+        bad_input("%s: %s has %" PRId64 " tokens, less than one window; --seq-len %d needs at least %" PRId64 "; allowed: more data, or --seq-len %" PRId64
+                  " at most", flag, path, file->tokens, loader->config.seq_len, (int64_t)loader->config.seq_len + 1, file->tokens - 1);
     }
 }
 
@@ -295,16 +299,13 @@ static inline void loader_add_matches(DataLoader* loader, const char* pattern) {
     struct stat info;
     if (stat(pattern, &info) == 0) { return loader_add_file(loader, pattern); }
     if (strpbrk(pattern, "*?[") == NULL) {
-        bad_input("%s: %s cannot be read: %s; allowed: a file, a glob, a list a.bin,b.bin, or a blend 0.7:a*.bin,0.3:b*.bin", flag, pattern,
-                  strerror(errno));
+        int error = errno;
+        bad_input("%s: %s cannot be read: %s; %s; %s", flag, pattern, strerror(error), nearest_text(pattern).c_str(), LOADER_ADVICE);
     }
     glob_t matches;
     int result = glob(pattern, GLOB_ERR | GLOB_NOSORT, NULL, &matches);
     if (result == GLOB_NOSPACE) { die("out of host memory while listing data files"); }
-    if (result == GLOB_ABORTED) { bad_input("%s: '%s' cannot be expanded: a folder in it is missing or cannot be read", flag, pattern); }
-    if (result != 0) {
-        bad_input("%s: '%s' matches no file; allowed: a file, a glob, a list a.bin,b.bin, or a blend 0.7:a*.bin,0.3:b*.bin", flag, pattern);
-    }
+    if (result != 0) { bad_input("%s: '%s' matches no file: %s; %s", flag, pattern, nearest_text(pattern).c_str(), LOADER_ADVICE); }
     qsort(matches.gl_pathv, matches.gl_pathc, sizeof(char*), loader_compare_paths);
     for (size_t i = 0; i < matches.gl_pathc; i++) { loader_add_file(loader, matches.gl_pathv[i]); }
     globfree(&matches);

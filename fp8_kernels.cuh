@@ -9,6 +9,10 @@
 // Under `current` scaling the source is first produced as T with its amax, the slot is set from it, and the codes are made in a second pass. Under
 // `delayed` scaling the slot is filled from the site's history and the codes are made at once. A site is one place in the model where a tensor is
 // quantised; its amaxes over the micro-batches of a step are collected in one number, exchanged between ranks once a step, and kept for 16 steps.
+//
+// Under `block` scaling there are no sites. `ProduceBlocks` walks tiles of 128 × 128, within which all is known that scales depend on, and quantises each
+// twice in one pass: with scales of 128 channels of a token, for the product that is summed over channels, and with scales of 128 tokens of a channel,
+// for the weight gradient, which is summed over tokens.
 #pragma once
 #include "core/exchange.cuh"  // ranks that share a scale
 #include "core/gradient.cuh"     // formats of gradients, slots; Team, load, store, run_rows
@@ -27,6 +31,10 @@ struct Tensor {
     float* slot;    // FP8: {descale, scale, 0, 0}; NULL otherwise
     void* turned = NULL;  // (C, turned_ld) FP8 on GPUs whose units want operands along the dimension that is summed over: the same transposed; NULL otherwise
     int64_t turned_ld = 0;  // bytes between its rows; 0: there is none
+    // Scaled by block (SCALE_VEC128): data has descales along channels, in `slot` (⌈C/128⌉, rows); `turned` has codes of its own, with descales along tokens,
+    // (⌈rows/128⌉, C), and is (rows, C) where turned_ld is 0. Either may be NULL: it is not wanted.
+    bool by_block = false;
+    float* turned_slot = NULL;
 };
 
 // ---- types chosen at run time ----
@@ -218,7 +226,7 @@ static inline void finish_columns(float* grad, const float* partial, int strips,
 
 // ---- scaling: slots, sites and their history ----
 
-enum FP8Scaling { SCALING_DELAYED, SCALING_CURRENT };
+enum FP8Scaling { SCALING_DELAYED, SCALING_CURRENT, SCALING_BLOCK };
 
 struct SetSlot {  // slot = scale from amax; amax 0, inf or NaN keeps the old scale
     float* slot;
@@ -240,6 +248,7 @@ struct Sites {
     float* history;     // (count, AMAX_WINDOW) of the last steps
     float* slots;       // (count, 4) {descale, scale, 0, 0}: under `delayed`, what the next step uses
     float* largest;     // (count) of each site's format
+    void (*seen)(int site, const void* x, int rows, int C) = NULL;  // shows an experiment each tensor (rows, C), BF16, whose scale is made just in time
 };
 
 struct UpdateSites {  // after a step: history, then the next scale. A skipped step and a non-finite amax are not recorded.
@@ -283,6 +292,68 @@ static inline void produce_launch(D* y, uint32_t* amax, float* partial, Source s
     else { run_rows(Produce<T, D, Source>{y, amax, source, scale, C}, rows, s); }
 }
 
+#ifndef GPU_FORM
+template <class T, class D, class Source> struct ProduceBlocks {  // tiles.cuh has the GPU's form, and what the fields are
+    D* y;
+    D* turned;           // (rows, C)
+    float *descales, *turned_descales;
+    float* partial;
+    Source source;
+    int rows, C;
+    template <class Team> DEVICE void operator()(Team team, int tile) const {
+        int across = ceil_div(C, SCALE_BLOCK), block_row = tile / across, block_column = tile % across;
+        int r0 = block_row * SCALE_BLOCK, c0 = block_column * SCALE_BLOCK, height = min_of(rows - r0, SCALE_BLOCK), width = min_of(C - c0, SCALE_BLOCK);
+        T values[SCALE_BLOCK * SCALE_BLOCK];
+        uint32_t column_tops[SCALE_BLOCK] = {}, row_tops[SCALE_BLOCK];
+        float scales[SCALE_BLOCK];
+        for (int r = 0; r < height; r++) {
+            typename Source::Row from = source.row((size_t)(r0 + r), C);
+            T* v = values + r * SCALE_BLOCK;
+            uint32_t* tops = column_tops;
+            row_tops[r] = team.amax(width, [=](auto c) {
+                auto x = round_to<T>(from(Range<1>{(size_t)c0 + c.i}));
+                store(v, c, x);
+                tops[c.i] = max_of(tops[c.i], magnitude_bits(x));
+                return x;
+            });
+        }
+        for (int first = 0; partial != NULL && first < height; first += STRIP) {
+            const T* v = values;
+            team.columns(partial + (size_t)((r0 + first) / STRIP) * C + c0, first, min_of(first + STRIP, height), width, [=](int r, auto c) { return load(v + r * SCALE_BLOCK, c); });
+        }
+        float largest = largest_of(DTypeOf<D>::value);
+        for (int r = 0; y != NULL && r < height; r++) {
+            const T* v = values + r * SCALE_BLOCK;
+            D* out = y + (size_t)(r0 + r) * C + c0;
+            float scale = block_scale(row_tops[r], largest);
+            descales[(size_t)block_column * rows + r0 + r] = 1.0f / scale;
+            team.each(width, [=](auto c) { store(out, c, load(v, c) * scale); });
+        }
+        if (turned == NULL) { return; }
+        for (int c = 0; c < width; c++) {
+            scales[c] = block_scale(column_tops[c], largest);
+            turned_descales[(size_t)block_row * C + c0 + c] = 1.0f / scales[c];
+        }
+        for (int r = 0; r < height; r++) {
+            const T* v = values + r * SCALE_BLOCK;
+            const float* k = scales;
+            D* out = turned + (size_t)(r0 + r) * C + c0;
+            team.each(width, [=](auto c) { store(out, c, load(v, c) * load(k, c)); });
+        }
+    }
+};
+#endif
+
+// out (rows, C), scaled by block, what of it is wanted. `partial` as in produce
+template <class T, class D, class Source> static inline void produce_blocks(Tensor out, float* partial, Source source, int rows, int C, Stream s) {
+#ifdef GPU_FORM
+    launch_blocks(ProduceBlocks<T, D, Source>{(D*)out.data, (D*)out.turned, out.turned_ld, out.slot, out.turned_slot, partial, source, rows, C}, s);
+#else
+    if (out.turned_ld != 0) { die("no transposed matmul inputs are made on a CPU"); }
+    run_rows(ProduceBlocks<T, D, Source>{(D*)out.data, (D*)out.turned, out.slot, out.turned_slot, partial, source, rows, C}, ceil_div(rows, SCALE_BLOCK) * ceil_div(C, SCALE_BLOCK), s);
+#endif
+}
+
 struct MergeAmax {  // a just-in-time amax counts for the history too
     uint32_t* into;
     const uint32_t* from;
@@ -298,6 +369,7 @@ static inline void quantise_just_in_time(Tensor out, D* y, const T* x, uint32_t*
     if (q.sharers != NULL) { rows_max(q.sharers, q.sites->current, 1, s); }
     run_rows(SetSlot{out.slot, q.sites->current, largest_of(out.dtype)}, 1, s);
     if (recorded != NULL) { run_rows(MergeAmax{recorded, q.sites->current}, 1, s); }
+    if (q.sites->seen != NULL) { q.sites->seen(q.site, x, rows, C); }
     produce_launch<T>(y, (uint32_t*)NULL, (float*)NULL, TensorSource<T>{x}, out.slot + 1, rows, C, s, out.turned, out.turned_ld);
 }
 
@@ -318,6 +390,9 @@ static inline void produce(Tensor out, float* partial, MakeSource make, DType ac
                 produce_launch<T>(is_tensor ? (D*)NULL : y, (uint32_t*)NULL, partial, source, (const float*)NULL, rows, C, s);
             }
             return;
+        }
+        if constexpr (sizeof(D) == 1) {
+            if (out.by_block) { produce_blocks<T, D>(out, partial, source, rows, C, s); return; }
         }
         uint32_t* recorded = q.record ? q.sites->amax + q.site : NULL;
         if (q.keep_scale || !q.just_in_time) {
@@ -400,7 +475,7 @@ static inline void layernorm_forward(Tensor out, LayerNormInputs in, DType act, 
         typedef typename decltype(t)::type T;
         typedef typename decltype(d)::type D;
         bool quantised = is_fp8(out.dtype), jit = quantised && q.just_in_time;
-        uint32_t* recorded = quantised && q.record ? q.sites->amax + q.site : NULL;
+        uint32_t* recorded = quantised && q.record && !out.by_block ? q.sites->amax + q.site : NULL;
         auto launch_as = [&](auto* y, uint32_t* amax, const float* scale) {
             typedef typename std::remove_pointer<decltype(y)>::type Y;
             LayerNormForward<T, Y> op = {(T*)in.sum, y, amax, in.mean, in.rstd, (const T*)in.x, (const T*)in.delta, (const T*)in.gain, (const T*)in.bias, scale, C};
@@ -415,7 +490,10 @@ static inline void layernorm_forward(Tensor out, LayerNormInputs in, DType act, 
 #endif
             run_rows(op, rows, s);
         };
-        if (jit) {
+        if (out.by_block) {
+            launch_as((T*)raw, (uint32_t*)NULL, (const float*)NULL);
+            if constexpr (sizeof(D) == 1) { produce_blocks<T, D>(out, NULL, TensorSource<T>{(const T*)raw}, rows, C, s); }
+        } else if (jit) {
             device_zero(q.sites->current, sizeof(uint32_t), s);
             launch_as((T*)raw, q.sites->current, (const float*)NULL);
             quantise_just_in_time<T>(out, (D*)out.data, (const T*)raw, recorded, q, rows, C, s);

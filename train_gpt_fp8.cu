@@ -2,8 +2,8 @@
 //
 // The model is a GPT-3-style decoder (pre-LayerNorm, GELU, biases, learned or rotary positions, tied or untied head). Its linear layers compute
 //     Y = X·Wᵀ, dX = dY·W, dW = dYᵀ·X
-// on X and W in E4M3 and dY in E5M2 with one power-of-two scale a tensor (recipe fp8), in BF16 (recipe bf16), or in FP32 (recipe fp32, for tests), with
-// FP32 accumulation; everything between them is stored in BF16 and computed in FP32. What backward needs is kept in `Layer`; --recompute keeps less.
+// on X and W in E4M3 and dY in E5M2 with one power-of-two scale a tensor, or each block of 128 elements (recipe fp8), in BF16 (recipe bf16), or in FP32
+// (recipe fp32, for tests), with FP32 accumulation; everything between them is stored in BF16 and computed in FP32. What backward needs is kept in `Layer`; --recompute keeps less.
 //
 // A step is: for each micro-batch forward, head and backward; the sum of the gradients over ranks; the optimizer's decision and update; the scales.
 // The decisions are made on the device: the host reads a step's record when the next step has been launched.
@@ -189,9 +189,9 @@ static void option_table(OptionTable* t, Args* a) {
         option_double("skip-grad-z", "sg", &a->skip_grad_z, 0.0, 1e9, "F", "the same for the gradient norm"),
         option_group(precision_group),
         option_choice("recipe", NULL, &a->recipe, "fp8|fp8-lm|bf16|fp32", "R", "fp8: linear layers and gradients in FP8; fp8-lm: the same, gradients as in the paper; fp32: for tests"),
-        option_choice("fp8-scaling", NULL, &a->fp8_scaling, "delayed|current", "S", "scales of X and dY: from the amaxes of the last 16 steps, or of the tensor itself"),
+        option_choice("fp8-scaling", NULL, &a->fp8_scaling, "delayed|current|block", "S", "scales of X and dY: from the amaxes of the last 16 steps, or of the tensor itself; block: of 128 elements each, of W of 128 × 128"),
         option_choice("fp8-fwd", NULL, &a->fp8_fwd, "e4m3|e5m2", "F", "format of X"),
-        option_choice("fp8-bwd", NULL, &a->fp8_bwd, "e4m3|e5m2", "F", "format of dY"),
+        option_choice("fp8-bwd", NULL, &a->fp8_bwd, "e4m3|e5m2", "F", "format of dY", "e5m2; e4m3 for --fp8-scaling block"),
         option_custom("bf16-layers", NULL, &a->bf16_layers, parse_bf16_layers, print_bf16_layers, "first:N,last:M", "layers left in BF16 under recipes fp8 and fp8-lm"),
         option_int("fp8-min-size", NULL, &a->fp8_min_size, 0, 1 << 20, "N", "linear layers whose weight, of all ranks together, is smaller than N × N are left in BF16"),
         option_choice("grad-dtype", NULL, &a->grad_dtype, "fp32|bf16|e4m3=fp8|e5m2", "F", "weight gradients on the wire; vectors travel in FP32", "by --recipe"),
@@ -303,6 +303,8 @@ static bool matrix_in_fp8(const GptConfig* c, int number, int64_t rows, int64_t 
 static bool in_fp8(const Param* w) { return is_fp8(w->dtype); }
 static DType x_type(const GptConfig* c, const Param* w) { return in_fp8(w) ? c->fp8_fwd : c->act; }
 static DType dy_type(const GptConfig* c, const Param* w) { return in_fp8(w) ? c->fp8_bwd : c->act; }
+// Have blocks of 128 elements scales of their own?
+static bool by_block(const GptConfig* c) { return c->fp8 && c->scaling == SCALING_BLOCK; }
 
 // Places where a layer quantises a matmul input: X of its four linear layers, and their dY
 enum Site { X_QKV, X_PROJ, X_FC, X_FCPROJ, DY_QKV, DY_PROJ, DY_FC, DY_FCPROJ, SITES_PER_LAYER };
@@ -315,7 +317,8 @@ struct Layer {
     Param *ln2w, *ln2b;          // (C)
     Param *fcw, *fcb;            // (4Ci, C), (4Ci)
     Param *fcprojw, *fcprojb;    // (C, 4Ci), (C)
-    // kept for backward, of one micro-batch; own: of B·T rows those of this rank of tp
+    // kept for backward, of one micro-batch; own: of B·T rows those of this rank of tp. Of an X that is scaled by block the codes by tokens are kept; those by
+    // channels are in the workspace until its product is made.
     void* residual;              // (own, C) input of the layer
     void* residual_mid;          // (own, C) after attention
     float *mean1, *rstd1;        // (own)
@@ -480,8 +483,12 @@ static void set_training_formats(Model* m) {
 
 // ---- linear layers ----
 
-static Operand operand(Tensor x, int64_t ld, bool transposed) { return Operand{x.data, x.dtype, x.slot, ld, 0, transposed}; }
-static Tensor weight_tensor(const Param* w) { return Tensor{w->weight, w->dtype, w->slot}; }
+static Operand operand(Tensor x, int64_t ld, bool transposed) { return Operand{x.data, x.dtype, x.slot, ld, 0, transposed, x.by_block ? SCALE_VEC128 : SCALE_TENSOR}; }
+// The weight in a product over its columns, or over its rows
+static Operand weight_operand(const GptConfig* c, const Param* w, bool over_columns) {
+    if (!by_block(c) || !in_fp8(w)) { return Operand{w->weight, w->dtype, w->slot, w->cols, 0, over_columns}; }
+    return Operand{w->weight, w->dtype, over_columns ? w->block_descales : w->turned_descales, w->cols, 0, over_columns, SCALE_BLK128};
+}
 
 // y (rows, N) = x (rows, K) · wᵀ + b, w (N, K)
 static MatmulCall linear_call(const Model* m, void* y, Tensor x, const Param* w, const Param* b, int rows) {
@@ -490,7 +497,7 @@ static MatmulCall linear_call(const Model* m, void* y, Tensor x, const Param* w,
     c.d_dtype = c.bias_dtype = m->config.act;
     c.d_ld = w->rows;
     c.a = operand(x, w->cols, false);
-    c.b = operand(weight_tensor(w), w->cols, true);
+    c.b = weight_operand(&m->config, w, true);
     c.bias = b == NULL ? NULL : b->weight != NULL ? b->weight : (const void*)b;  // dry: any pointer stands for a bias
     c.m = rows;
     c.n = (int)w->rows;
@@ -506,22 +513,28 @@ static MatmulCall linear_input_call(const Model* m, void* dx, Tensor dy, const P
     c.d_dtype = m->config.act;
     c.d_ld = w->cols;
     c.a = operand(dy, w->rows, false);
-    c.b = operand(weight_tensor(w), w->cols, false);
+    c.b = weight_operand(&m->config, w, false);
     c.m = rows;
     c.n = (int)w->cols;
     c.k = (int)w->rows;
     c.batch = 1;
     return c;
 }
-// rows `first` … first+n-1 of dw (N, K) [+]= dyᵀ · x
+// The operand of a weight gradient: its elements from column `first` on, of `columns`
+static Operand turned_operand(Tensor x, int first, int64_t columns, bool is_a) {
+    const float* descale = x.by_block ? x.turned_slot : x.slot;
+    OperandScale scaling = x.by_block ? SCALE_VEC128 : SCALE_TENSOR;
+    if (x.turned_ld > 0) { return Operand{(char*)x.turned + (size_t)first * (size_t)x.turned_ld, x.dtype, descale, x.turned_ld, 0, !is_a, scaling}; }
+    return Operand{advance(x.by_block ? x.turned : x.data, x.dtype, (size_t)first), x.dtype, descale, columns, 0, is_a, scaling};
+}
+// rows `first` … first+n-1 of dw (N, K) [+]= dyᵀ · x; all rows where operands are scaled by block
 static MatmulCall linear_weight_call(void* dw, DType dw_type, Tensor dy, Tensor x, const Param* w, int first, int n, int rows, bool accumulate) {
     MatmulCall c = {};
     c.d = dw;
     c.d_dtype = dw_type;
     c.d_ld = w->cols;
-    c.a = dy.turned_ld > 0 ? Operand{(char*)dy.turned + (size_t)first * (size_t)dy.turned_ld, dy.dtype, dy.slot, dy.turned_ld, 0, false}
-                           : Operand{advance(dy.data, dy.dtype, (size_t)first), dy.dtype, dy.slot, w->rows, 0, true};
-    c.b = x.turned_ld > 0 ? Operand{x.turned, x.dtype, x.slot, x.turned_ld, 0, true} : operand(x, w->cols, false);
+    c.a = turned_operand(dy, first, w->rows, true);
+    c.b = turned_operand(x, 0, w->cols, false);
     c.m = n;
     c.n = (int)w->cols;
     c.k = rows;
@@ -610,8 +623,19 @@ static int64_t turned_ld(const Model* m) {
     bool wanted = (device_is_gpu || m->matmul.imagined) && c->fp8 && c->layout.tp == 1 && gpu_has_fp8(capability) && gpu_fp8_needs_k_contiguous(capability);
     return wanted ? round_up(rows_of(m), 16) : 0;
 }
+// X in the forward pass, where its weight gradient wants nothing of it, or makes it again
+static Tensor not_kept(Tensor x, bool unwanted) {
+    if (x.by_block && unwanted) { x.turned = NULL; }
+    return x;
+}
+// X that is made again for its weight gradient
+static Tensor made_again(Tensor x) {
+    if (x.by_block) { x.data = NULL; }
+    return x;
+}
 // A tensor that only a weight gradient needs, in the memory that it has
 static Tensor only_turned(const Model* m, Tensor x) {
+    if (x.by_block) { return made_again(x); }
     int64_t ld = turned_ld(m);
     return ld > 0 && is_fp8(x.dtype) ? Tensor{NULL, x.dtype, x.slot, x.data, ld} : x;
 }
@@ -645,8 +669,13 @@ template <class F> static void each_matmul(const Model* m, F f) {
             }
             if (times == 0) { continue; }
             bool again = (i == 1 && m->attention.flash) || (i == 3 && c->recompute >= 1);  // X is made again for the weight gradient
-            Tensor x = {NULL, x_type(c, y.w), NULL}, dy = {NULL, dy_type(c, y.w), NULL}, x_again = again ? only_turned(m, x) : x;
+            Tensor x = {NULL, x_type(c, y.w), NULL}, dy = {NULL, dy_type(c, y.w), NULL};
             if (in_fp8(y.w)) { dy.turned_ld = turned_ld(m); }
+            if (in_fp8(y.w) && by_block(c)) {
+                x.by_block = dy.by_block = true;
+                x.turned_ld = dy.turned_ld;
+            }
+            Tensor x_again = again ? only_turned(m, x) : x;
             f(linear_call(m, NULL, x, y.w, y.b, rows), times, 0, "Y");
             f(linear_call(m, NULL, x, y.w, y.b, c->T), 0, 0, "Y");
             if (takes_single_tokens(m)) { f(linear_call(m, NULL, x, y.w, y.b, token_rows(m)), 0, 0, "Y"); }
@@ -670,6 +699,14 @@ template <class F> static void each_matmul(const Model* m, F f) {
 }
 
 // ---- allocation: the same code dry and for real ----
+
+// Of a tensor (rows, columns) that is scaled by block what is by tokens
+static void take_turned(Memory* memory, MemoryCategory category, Tensor* t, size_t rows, size_t columns, int64_t ld) {
+    t->by_block = true;
+    t->turned_ld = ld;
+    t->turned = memory_take(memory, category, (ld > 0 && rows > 0 ? (size_t)ld : rows) * columns, 1);
+    t->turned_slot = memory_take<float>(memory, category, ceil_div(rows, (size_t)SCALE_BLOCK) * columns);
+}
 
 static Tensor take_tensor(Memory* memory, MemoryCategory category, DType dtype, size_t elements, float** slots) {
     Tensor t = {memory_take(memory, category, elements, (size_t)dtype_bytes(dtype)), dtype, NULL};
@@ -704,7 +741,8 @@ static void model_allocate(Model* m, Memory* memory) {
     optimizer_allocate(&m->optimizer, &m->params, c->act == FP32, memory);
     // scaling state
     int layers = stage_layers(c);
-    m->sites.count = c->fp8 ? layers * SITES_PER_LAYER : 0;
+    bool blocks = by_block(c);
+    m->sites.count = c->fp8 && !blocks ? layers * SITES_PER_LAYER : 0;
     size_t sites = (size_t)m->sites.count;
     m->sites.amax = memory_take<uint32_t>(memory, OPTIMIZER, sites);
     m->sites.current = memory_take<uint32_t>(memory, OPTIMIZER, 1);
@@ -724,6 +762,18 @@ static void model_allocate(Model* m, Memory* memory) {
     bool flash = attention_is_flash(m);
     size_t shared_columns = c->recompute >= 1 ? 4 * inner : flash && c->fp8 ? inner : 0;
     void* shared = memory_take(memory, WORKSPACE, round_up(rows, (size_t)16) * shared_columns, shared_bytes);
+    size_t token_blocks = blocks ? ceil_div(rows, (size_t)SCALE_BLOCK) : 0;
+    float* shared_ln_slot = memory_take<float>(memory, WORKSPACE, c->recompute >= 2 ? token_blocks * C : 0);
+    float* shared_slot = memory_take<float>(memory, WORKSPACE, token_blocks * shared_columns);
+    // X of a linear layer (n, columns); `is_shared`: it is made again in backward, in memory of all layers
+    auto take_x = [&](const Param* w, size_t n, size_t columns, void* shared_data, float* shared_data_slot, bool is_shared) {
+        bool kept_by_block = blocks && in_fp8(w);
+        Tensor x = take_tensor(memory, ACTIVATIONS, x_type(c, w), is_shared || kept_by_block ? 0 : n * columns, &slots);
+        if (kept_by_block) { take_turned(memory, ACTIVATIONS, &x, is_shared ? 0 : n, columns, turned_ld(m)); }
+        if (is_shared && kept_by_block) { x.turned = shared_data; x.turned_slot = shared_data_slot; }
+        else if (is_shared) { x.data = shared_data; }
+        return x;
+    };
     for (int l = 0; l < layers * c->in_flight; l++) {
         Layer* y = &m->kept[l];
         y->residual = memory_take(memory, ACTIVATIONS, own * C, act);
@@ -732,19 +782,16 @@ static void model_allocate(Model* m, Memory* memory) {
         y->rstd1 = memory_take<float>(memory, ACTIVATIONS, own);
         y->mean2 = memory_take<float>(memory, ACTIVATIONS, own);
         y->rstd2 = memory_take<float>(memory, ACTIVATIONS, own);
-        y->x_qkv = take_tensor(memory, ACTIVATIONS, x_type(c, y->qkvw), c->recompute >= 2 ? 0 : own * C, &slots);
+        y->x_qkv = take_x(y->qkvw, own, C, shared_ln, shared_ln_slot, c->recompute >= 2);
         y->qkv = memory_take(memory, ACTIVATIONS, rows * 3 * inner, act);
         y->lse = memory_take<float>(memory, ACTIVATIONS, rows * (size_t)c->heads / tp);
         bool again = in_fp8(y->projw) && flash;  // the codes are made again in backward
         y->attention = memory_take(memory, ACTIVATIONS, again ? rows * inner : 0, act);
-        y->x_proj = take_tensor(memory, ACTIVATIONS, x_type(c, y->projw), again ? 0 : rows * inner, &slots);
-        if (again) { y->x_proj.data = shared; }
-        else { y->attention = in_fp8(y->projw) ? NULL : y->x_proj.data; }
-        y->x_fc = take_tensor(memory, ACTIVATIONS, x_type(c, y->fcw), c->recompute >= 2 ? 0 : own * C, &slots);
+        y->x_proj = take_x(y->projw, rows, inner, shared, shared_slot, again);
+        if (!again) { y->attention = in_fp8(y->projw) ? NULL : y->x_proj.data; }
+        y->x_fc = take_x(y->fcw, own, C, shared_ln, shared_ln_slot, c->recompute >= 2);
         y->fc = memory_take(memory, ACTIVATIONS, rows * 4 * inner, act);
-        y->x_fcproj = take_tensor(memory, ACTIVATIONS, x_type(c, y->fcprojw), c->recompute >= 1 ? 0 : rows * 4 * inner, &slots);
-        if (c->recompute >= 2) { y->x_qkv.data = y->x_fc.data = shared_ln; }
-        if (c->recompute >= 1) { y->x_fcproj.data = shared; }
+        y->x_fcproj = take_x(y->fcprojw, rows, 4 * inner, shared, shared_slot, c->recompute >= 1);
     }
     size_t final_rows = is_last_stage(c) ? own : 0;
     m->residual_final = memory_take(memory, ACTIVATIONS, final_rows * C, act);
@@ -757,9 +804,20 @@ static void model_allocate(Model* m, Memory* memory) {
     m->dresidual = memory_take(memory, WORKSPACE, own * C, act);
     m->wide = memory_take(memory, WORKSPACE, wide_bytes(m), 1);
     m->dy = take_tensor(memory, WORKSPACE, c->fp8 ? c->fp8_bwd : c->act, c->fp8 ? rows * inside : 0, &slots);
-    m->dy.turned_ld = turned_ld(m);
-    void* turned = memory_take(memory, WORKSPACE, (size_t)m->dy.turned_ld * inside, 1);
-    m->dy.turned = m->dy.turned_ld > 0 ? turned : NULL;
+    if (blocks) {
+        take_turned(memory, WORKSPACE, &m->dy, rows, inside, turned_ld(m));
+        m->dy.slot = memory_take<float>(memory, WORKSPACE, ceil_div(inside, (size_t)SCALE_BLOCK) * rows);
+    } else {
+        m->dy.turned_ld = turned_ld(m);
+        void* turned = memory_take(memory, WORKSPACE, (size_t)m->dy.turned_ld * inside, 1);
+        m->dy.turned = m->dy.turned_ld > 0 ? turned : NULL;
+    }
+    for (int l = 0; l < layers * c->in_flight; l++) {  // forward's X by channels takes the memory of backward's dY
+        Layer* y = &m->kept[l];
+        for (Tensor* x : {&y->x_qkv, &y->x_proj, &y->x_fc, &y->x_fcproj}) {
+            if (x->by_block) { x->data = m->dy.data; x->slot = m->dy.slot; }
+        }
+    }
     m->stage_in = memory_take(memory, COMMUNICATION, is_last_stage(c) ? 0 : own * C, act);
     rows_allocate(&m->rows, &m->topology->tensor, rows_of(m), c->width, c->act, c->dx_fp8, memory);
     size_t strips = max_of((size_t)strips_of((int)rows) * inside, (size_t)most_norm_strips((int)own) * 2 * C);  // of a bias, of a LayerNorm
@@ -770,7 +828,8 @@ static void model_allocate(Model* m, Memory* memory) {
         bool by_matmul = p->format_class == MATRIX || p == m->head;
         if (matmul_adds(m, p) || !by_matmul) { continue; }
         size_t all = param_elements(p), some = max_of(GRADIENT_BYTES / act, 16 * C);
-        m->dw_elements = max_of(m->dw_elements, is_fp8(p->accum) ? all : min_of(all, some));  // FP8 has a scale for all of it
+        bool whole = is_fp8(p->accum) || (blocks && in_fp8(p));  // FP8 has a scale for all of it, operands by block have their descales for all rows
+        m->dw_elements = max_of(m->dw_elements, whole ? all : min_of(all, some));
     }
     m->dw = memory_take(memory, WORKSPACE, m->dw_elements, act);
     size_t row_of_logits = (size_t)c->padded_vocab / tp;
@@ -825,6 +884,7 @@ static void model_describe(Model* m, const GptConfig* config, Topology* topology
     reduction_plan(&m->reduction, &topology->data, &topology->tensor, &m->params, config->reduction);
     Optimizer* o = &m->optimizer;
     o->config = config->optimizer;
+    o->config.weights_by_block = by_block(config);
     o->data = &topology->data;
     o->tensor = &topology->tensor;
     o->world = &topology->world;
@@ -865,7 +925,7 @@ static void model_commit(Model* m, Memory* memory) {
     for (int i = 0; i < m->params.count; i++) {
         if (m->params.items[i].slot != NULL) { run_rows(ResetSlots{m->params.items[i].slot}, 1, m->stream); }
     }
-    if (config->fp8) {
+    if (config->fp8 && !by_block(config)) {
         Sites* s = &m->sites;
         size_t n = (size_t)s->count;
         device_zero(s->amax, n * sizeof(uint32_t), m->stream);
@@ -1077,7 +1137,7 @@ static void gelu_forward(Model* m, int l, Tensor out, Quantisation q, int rows) 
 // LayerNorm's output again, from the statistics that were kept
 static void layernorm_again(Model* m, Tensor out, LayerNormInputs in, Quantisation q, int rows) {
     ProfileScope scope("layernorm forward");
-    produce(out, NULL, [=](auto t) {
+    produce(made_again(out), NULL, [=](auto t) {
         typedef typename decltype(t)::type T;
         return LayerNormSource<T>{(const T*)in.x, in.mean, in.rstd, (const T*)in.gain, (const T*)in.bias};
     }, m->config.act, recomputed(q), m->wide, rows, m->config.width, m->stream);
@@ -1120,17 +1180,18 @@ static void forward(Model* m, int B, Purpose purpose, int position = ALL_POSITIO
     for (int l = 0; l < stage_layers(c); l++) {
         Layer* y = &m->layers[l];
         weights_wait(&m->reduction, first_layer(c) + l, s);
-        layernorm_forward(y->x_qkv, layernorm_1(y, x, delta), c->act, site_of(m, l, X_QKV, purpose), m->wide, own, C, s);
+        bool infer = purpose == INFER;
+        layernorm_forward(not_kept(y->x_qkv, infer || c->recompute >= 2), layernorm_1(y, x, delta), c->act, site_of(m, l, X_QKV, purpose), m->wide, own, C, s);
         linear_forward(m, single ? m->wide : y->qkv, all_rows(m, y->x_qkv, m->narrow, own, C, TP_X), y->qkvw, y->qkvb, rows);
         void* out = y->attention != NULL ? y->attention : m->narrow;
         if (single) { attention_of_token(&m->attention, out, y->qkv, m->wide, position, rows, s); }
         else { attention_forward(&m->attention, &m->matmul, out, y->lse, y->qkv, B, s); }
-        if (in_fp8(y->projw)) { matmul_input(m, y->x_proj, NULL, out, site_of(m, l, X_PROJ, purpose), rows, inner, true); }
+        if (in_fp8(y->projw)) { matmul_input(m, not_kept(y->x_proj, infer || m->attention.flash), NULL, out, site_of(m, l, X_PROJ, purpose), rows, inner, true); }
         linear_forward(m, m->delta, y->x_proj, y->projw, bias_once(m, y->projb), rows);
         own_rows(m, m->delta, m->delta, false, own, TP_Y);
-        layernorm_forward(y->x_fc, layernorm_2(y, y->residual, m->delta), c->act, site_of(m, l, X_FC, purpose), m->wide, own, C, s);
+        layernorm_forward(not_kept(y->x_fc, infer || c->recompute >= 2), layernorm_2(y, y->residual, m->delta), c->act, site_of(m, l, X_FC, purpose), m->wide, own, C, s);
         linear_forward(m, y->fc, all_rows(m, y->x_fc, m->narrow, own, C, TP_X), y->fcw, y->fcb, rows);
-        gelu_forward(m, l, y->x_fcproj, site_of(m, l, X_FCPROJ, purpose), rows);
+        gelu_forward(m, l, not_kept(y->x_fcproj, infer || c->recompute >= 1), site_of(m, l, X_FCPROJ, purpose), rows);
         linear_forward(m, m->delta, y->x_fcproj, y->fcprojw, bias_once(m, y->fcprojb), rows);
         own_rows(m, m->delta, m->delta, false, own, TP_Y);
         x = y->residual_mid;
@@ -1599,11 +1660,133 @@ static void generate(Model* m, int* tokens, int given, int length, const Generat
     free(logits);
 }
 
+// ---- the first tensor that is not finite ----
+//
+// A step that is skipped leaves the weights, and the sums of squares of its gradients, as they were. So they can be searched afterwards, and what lies between them in
+// one more forward pass over the step's batch. The first in the order of a step is the cause, or the nearest to it that is kept.
+
+enum NotFiniteKind { IN_WEIGHTS, IN_ACTIVATIONS, IN_GRADIENTS, IN_NOTHING };
+
+struct NotFinite {
+    int kind;
+    int64_t place;   // the smaller the earlier in a pass
+    char name[112];  // for people
+};
+
+static bool comes_before(const NotFinite* a, const NotFinite* b) { return a->kind != b->kind ? a->kind < b->kind : a->place < b->place; }
+
+// Keeps the first of those that are met
+static void meet_not_finite(NotFinite* first, NotFiniteKind kind, int64_t place, const std::string& name) {
+    NotFinite met = {kind, place, ""};
+    snprintf(met.name, sizeof(met.name), "%s", name.c_str());
+    if (comes_before(&met, first)) { *first = met; }
+}
+
+// Waits for the stream
+static bool holds_not_finite(Model* m, DType type, const void* x, size_t n) {
+    if (x == NULL || n == 0) { return false; }
+    device_zero(m->sites.current, sizeof(uint32_t), m->stream);
+    with_gradient_type(type, [=](auto t) {
+        typedef typename decltype(t)::type T;
+        run_rows(AmaxPieces<T>{m->sites.current, (const T*)x, n}, pieces_of(n), m->stream);
+    });
+    uint32_t largest;
+    copy_to_host(&largest, m->sites.current, sizeof(largest), m->stream);
+    return largest >= 0x7f800000u;  // inf; NaNs are above it
+}
+
+static void search_weights(Model* m, NotFinite* first) {
+    for (int i = 0; i < m->params.count; i++) {
+        const Param* p = &m->params.items[i];
+        if (holds_not_finite(m, p->dtype, p->weight, param_elements(p))) { meet_not_finite(first, IN_WEIGHTS, p->number, std::string("the weight ") + p->name); }
+    }
+}
+
+// Of the last step that was decided on
+static void search_gradients(Model* m, NotFinite* first) {
+    std::vector<double> squares((size_t)m->params.count);
+    copy_to_host(squares.data(), m->optimizer.squares, squares.size() * sizeof(double), m->stream);
+    for (int i = 0; i < m->params.count; i++) {
+        const Param* p = &m->params.items[i];
+        if (!isfinite(squares[(size_t)i])) { meet_not_finite(first, IN_GRADIENTS, -p->number, std::string("the gradient of ") + p->name); }  // backward goes from the last to the first
+    }
+}
+
+// Of a forward pass of (B, T) that has just been made. Of what layers share only the last one's would still be there: it is left out, as is X that is scaled by block
+static void search_activations(Model* m, int B, NotFinite* first) {
+    const GptConfig* c = &m->config;
+    size_t C = (size_t)c->width, inner = (size_t)own_width(c), rows = (size_t)B * (size_t)c->T, own = (size_t)own_rows_of(c, B);
+    int64_t place = 0;
+    auto look = [&](DType type, const void* x, size_t n, const std::string& name) {
+        place++;
+        if (first->kind != IN_ACTIVATIONS && holds_not_finite(m, type, x, n)) { meet_not_finite(first, IN_ACTIVATIONS, place, name); }
+    };
+    auto look_at_x = [&](const Tensor* x, bool shared, size_t n, const std::string& name) { look(x->dtype, shared || x->by_block ? NULL : x->data, n, name); };
+    for (int l = 0; l < stage_layers(c); l++) {
+        const Layer* y = &m->layers[l];
+        int number = first_layer(c) + l;
+        place = 16 * (int64_t)number;
+        std::string of = " of layer " + std::to_string(number) + " (h" + std::to_string(number) + ")";
+        look(c->act, y->residual, own * C, "the input" + of);
+        look_at_x(&y->x_qkv, c->recompute >= 2, own * C, "the first LayerNorm's output, X of qkv," + of);
+        look(c->act, y->qkv, rows * 3 * inner, "the output of qkv" + of);
+        std::string attended = "attention's output, X of attproj," + of;
+        if (y->attention != NULL) { look(c->act, y->attention, rows * inner, attended); }
+        else { look_at_x(&y->x_proj, false, rows * inner, attended); }
+        look(c->act, y->residual_mid, own * C, "the residual stream behind attention" + of);
+        look_at_x(&y->x_fc, c->recompute >= 2, own * C, "the second LayerNorm's output, X of fc," + of);
+        look(c->act, y->fc, rows * 4 * inner, "the output of fc" + of);
+        look_at_x(&y->x_fcproj, c->recompute >= 1, rows * 4 * inner, "GELU's output, X of fcproj," + of);
+    }
+    if (!is_last_stage(c)) { return; }
+    place = 16 * (int64_t)c->layers;
+    look(c->act, m->residual_final, own * C, "the last layer's output");
+    look(c->act, m->narrow, rows * C, "the final LayerNorm's output");
+    for (size_t at = 0; at < rows; at += (size_t)m->head_rows) {
+        int n = (int)min_of((size_t)m->head_rows, rows - at);
+        MatmulCall logits = linear_call(m, m->logits, Tensor{advance(m->narrow, c->act, at * C), c->act, NULL}, m->head, NULL, n);
+        matmul(&m->matmul, &logits, m->stream);
+        look(c->act, m->logits, (size_t)n * (size_t)m->head->rows, "the logits");
+    }
+}
+
+// The first on any rank, of the step whose record was read last and whose K micro-batches the loader gives from `begin` on. All ranks; the run goes on as if nothing had been
+static NotFinite find_not_finite(Model* m, DataLoader* loader, const LoaderPosition* begin, HostBatch* batch, int K) {
+    Topology* t = m->topology;
+    uint64_t sent[4][COMM_OPERATIONS];
+    int groups = 0;
+    each_group(t, [&](Group* g, int) { memcpy(sent[groups++], g->bytes_sent, sizeof(sent[0])); });
+    NotFinite first = {IN_NOTHING, 0, ""};
+    search_gradients(m, &first);
+    search_weights(m, &first);
+    LoaderPosition now = loader_position(loader);
+    loader_seek(loader, begin);
+    for (int k = 0; k < K; k++) {
+        double found = first.kind < IN_GRADIENTS;
+        host_all_reduce_sum(&t->world, &found, 1);
+        if (found > 0.0) { break; }
+        event_wait(batch->copied);
+        loader_next(loader, batch->tokens, batch->targets);
+        upload_batch(m, batch);
+        relay_forward(m, m->config.B);
+        search_activations(m, m->config.B, &first);
+    }
+    loader_seek(loader, &now);
+    std::vector<NotFinite> all((size_t)t->world.size);
+    host_all_gather(&t->world, all.data(), &first, sizeof(first));
+    for (const NotFinite& x : all) {
+        if (comes_before(&x, &first)) { first = x; }
+    }
+    groups = 0;
+    each_group(t, [&](Group* g, int) { memcpy(g->bytes_sent, sent[groups++], sizeof(sent[0])); });
+    return first;
+}
+
 // ---- checkpoints ----
 
 // f(kind, format, data, slot, exponents) for what a checkpoint holds of a parameter: what this rank keeps of it
 template <class F> static void each_state(const Param* p, F f) {
-    f("weight", p->dtype, own_weight(p), p->slot, (int8_t*)NULL);
+    if (p->block_descales == NULL) { f("weight", p->dtype, own_weight(p), p->slot, (int8_t*)NULL); }  // else it is made from the master
     const struct { const char* kind; const OptimizerTensor* of; } states[] = {{"master", &p->master}, {"m", &p->m}, {"v", &p->v}};
     for (auto& s : states) {
         if (s.of == &p->master && master_is_weight(p)) { continue; }
@@ -1651,6 +1834,7 @@ static CheckpointShare checkpoint_share(const Model* m) {
 static int64_t load_states(Model* m, CheckpointReader* reader, int64_t replicas) {
     Stream s = m->stream;
     int64_t rounded = 0;
+    bool make_weights = by_block(&m->config);
     weights_finish(&m->reduction, s);  // none of another state is on its way
     auto check = [](const std::string& wrong) { if (!wrong.empty()) { die("--resume: the checkpoint cannot be used: %s", wrong.c_str()); } };
     auto read = [&](void* d, const std::string& name, size_t n) {
@@ -1664,6 +1848,10 @@ static int64_t load_states(Model* m, CheckpointReader* reader, int64_t replicas)
         const Param* p = &m->params.items[i];
         each_state(p, [&](const char* kind, DType dtype, void* data, float* slot, int8_t* exponents) {
             StateBytes x;
+            if (data == own_weight(p) && is_fp8(dtype) && reader->tensors.count(std::string(p->name) + "." + kind) == 0) {  // it was scaled by block
+                make_weights = true;
+                return;
+            }
             check(reader_state(&x, reader, p, kind, dtype, (int64_t)p->own_first, (int64_t)p->own_count, slot != NULL, exponents != NULL));
             copy_to_device(data, x.codes.data(), x.codes.size(), s);
             if (slot != NULL) { copy_to_device(slot, x.slot, sizeof(x.slot), s); }
@@ -1677,9 +1865,11 @@ static int64_t load_states(Model* m, CheckpointReader* reader, int64_t replicas)
     }
     for (int l = 0; m->sites.count > 0 && l < stage_layers(&m->config); l++) {
         size_t first = (size_t)l * SITES_PER_LAYER;
+        if (reader->tensors.count(layer_text(m, l, "history")) == 0) { continue; }  // of a run that scaled by block: scales are made just in time at first
         read(m->sites.history + first * AMAX_WINDOW, layer_text(m, l, "history"), SITES_PER_LAYER * AMAX_WINDOW);
         read(m->sites.slots + first * 4, layer_text(m, l, "slots"), SITES_PER_LAYER * 4);
     }
+    if (make_weights) { optimizer_cast_weights(&m->optimizer, &m->params, s); }
     weights_start(&m->reduction, s);
     return rounded;
 }
@@ -1748,6 +1938,7 @@ static void counters_restore(Model* m, json_object* o) {
 static const char* const CHECKPOINT_FORMAT = "train_gpt_fp8 checkpoint";
 constexpr int CHECKPOINT_VERSION = 1;
 
+constexpr int NOT_FINITE_SEARCHES = 3;    // of a run: each takes a forward pass of a step
 constexpr int64_t NOT_FINITE_FAILS = 10;  // a run that ends on so many skipped steps has failed
 
 struct Run {
@@ -1778,6 +1969,8 @@ struct Run {
     int64_t parameters;          // of the whole model
     int64_t skipped, not_finite;  // steps so far; those of them for a loss or gradient that was not finite
     int64_t not_finite_in_a_row, skipped_in_a_row;  // up to now
+    int searches;                // for the tensor to blame
+    std::string to_blame;        // what the last of them found; "": nothing
     int64_t first_step;          // those that a checkpoint has brought
     bool all_damaged;            // there are checkpoints, and none is whole
     json_object* resumed;        // its config.json; NULL: the run begins
@@ -1788,6 +1981,7 @@ struct Run {
     double began;                // wall_seconds of the process
     bool ends;                   // after the save that is under way
     bool failed;                 // the last save did
+    const char* program;         // as it was called
     std::string command;         // what was typed
     double flops_per_token, peak_flops;
     const char* peak_name;
@@ -1829,13 +2023,34 @@ static void resolve_topology(Run* r) {
     });
 }
 
+// The command that starts this program on so many ranks
+static std::string launch_of(const Run* r, int ranks) {
+    LaunchFacts facts = {getenv("SLURM_JOB_ID") != NULL || getenv("SLURM_NTASKS") != NULL, geteuid() == 0, (int)sysconf(_SC_NPROCESSORS_ONLN)};
+    return launch_text(ranks, r->program, &facts);
+}
+
+// Of a job of several tasks this process is alone: most often srun was left out
+static void note_lone_task(const Run* r) {
+    const char* tasks = getenv("SLURM_NTASKS");
+    if (tasks == NULL || atoi(tasks) < 2 || launched_processes() != 0) { return; }
+    fprintf(stderr, "train_gpt_fp8: this job has %d tasks (SLURM_NTASKS), and this is one process; to start them all: %s\n", atoi(tasks), launch_of(r, atoi(tasks)).c_str());
+}
+
+// While ranks find each other: a hang is told of like any later one. `ranks`: that the launcher started
+static void watch_meeting(const Run* r, int ranks) {
+    if (ranks == 0 || ranks == 1) { return; }
+    watchdog_start(&watchdog, r->args.timeout, "", process.rank, max_of(ranks, 2), NULL);
+    watchdog.doing = "the first exchange";
+}
+
 // Of a run, when it is known that all ranks have the same flags
 static void join_topology(Run* r) {
     const Args* a = &r->args;
     int64_t model = a->tp * a->pp;
     if (r->world.size % model != 0) {
-        bad_input("--tp %" PRId64 " × --pp %" PRId64 " need a multiple of %" PRId64 " ranks, and there %s %d; start as many with mpirun -np%s", a->tp, a->pp, model,
-            r->world.size == 1 ? "is" : "are", r->world.size, r->resumed != NULL ? ", or give other --tp and --pp than the checkpoint has" : "");
+        std::string launch = launch_of(r, (int)round_up((int64_t)r->world.size, model));
+        bad_input("--tp %" PRId64 " × --pp %" PRId64 " need a multiple of %" PRId64 " ranks, and there %s %d; start as many: %s%s", a->tp, a->pp, model,
+            r->world.size == 1 ? "is" : "are", r->world.size, launch.c_str(), r->resumed != NULL ? ", or give other --tp and --pp than the checkpoint has" : "");
     }
     topology_split(&r->topology, (int)a->tp, (int)a->pp);
 }
@@ -1930,6 +2145,29 @@ static void resolve_optimizer(Run* r) {
     c->optimizer = OptimizerConfig{a->opt_block == BLOCK_128, a->master_rounding, a->moment_rounding, (uint64_t)a->seed};
 }
 
+// Where --fp8-scaling block can be had
+static void check_blocks(const Run* r) {
+    const Args* a = &r->args;
+    if (a->tp > 1) {
+        bad_input("--fp8-scaling block with --tp %" PRId64 ": ranks that share a layer send each other tensors with one scale, not one a block; take --fp8-scaling current", a->tp);
+    }
+    const Gpu* planned = a->plan ? gpu_of(a->gpu) : NULL;
+    int capability = planned != NULL ? planned->capability : 90;
+#ifdef USE_CUDA
+    if (!a->plan) { capability = device_capability(); }
+#endif
+    if (r->on_gpu && capability != 90) {
+        bad_input("--fp8-scaling block: cuBLASLt multiplies blocks of 128 on GPUs of capability 9.0 (H100, H200), and %s has %d.%d; take --fp8-scaling current",
+            planned != NULL ? planned->name : "this one", capability / 10, capability % 10);
+    }
+#if defined(USE_CUDA) && CUBLAS_VERSION < 120900
+    if (!a->plan) { bad_input("--fp8-scaling block: cuBLASLt multiplies blocks of 128 from CUDA 12.9 on, and this binary was built with an older one; take --fp8-scaling current"); }
+#endif
+    if (r->on_gpu && a->seq_len % 4 != 0) {
+        bad_input("--fp8-scaling block: --seq-len %" PRId64 " is no multiple of 4 tokens, which the GPU's products of blocks need", a->seq_len);
+    }
+}
+
 // Shape and numerics from --init, the explicit flags and the data
 static void resolve_model(Run* r) {
     Args* a = &r->args;
@@ -1983,6 +2221,7 @@ static void resolve_model(Run* r) {
         bad_input("--width: %" PRId64 " over --heads %" PRId64 " gives heads of %" PRId64 "; rotary positions need an even size", a->width, a->heads, head_size);
     }
     bool fp8 = a->recipe == RECIPE_FP8 || a->recipe == RECIPE_FP8_LM;
+    if (a->fp8_scaling == SCALING_BLOCK) { set_default(o, &a->fp8_bwd, FORMAT_E4M3); }  // a block needs no more range, and gains a bit
     if (fp8 && a->fp8_fwd == FORMAT_E5M2 && a->fp8_bwd == FORMAT_E5M2) {
         bad_input("--fp8-fwd e5m2 with --fp8-bwd e5m2: the weight gradient would be E5M2 × E5M2, which no FP8 unit multiplies; make one of them e4m3");
     }
@@ -1994,6 +2233,7 @@ static void resolve_model(Run* r) {
             if (option_given(o, f.value)) { bad_input("%s belongs to the recipes fp8 and fp8-lm, not to --recipe %s", f.flag, a->recipe == RECIPE_BF16 ? "bf16" : "fp32"); }
         }
     }
+    if (fp8 && a->fp8_scaling == SCALING_BLOCK) { check_blocks(r); }
     if (a->bf16_layers.first + a->bf16_layers.last > a->layers) {
         bad_input("--bf16-layers: first:%d,last:%d are more than the %" PRId64 " layers", a->bf16_layers.first, a->bf16_layers.last, a->layers);
     }
@@ -2518,6 +2758,33 @@ static void show_step(Run* r, int64_t step, const StepRecord* record, double lr,
     log_line(&r->log, o);
 }
 
+// What to do about it
+static std::string not_finite_advice(const Run* r, NotFiniteKind kind) {
+    int64_t good = r->checkpoints.last;
+    std::string back = good < 0 ? "there is no checkpoint to go back to" : "--resume goes on from step " + std::to_string(good);
+    const char* formats = r->config.fp8 ? ", --bf16-layers leaves layers in BF16" : "";
+    switch (kind) {
+        case IN_WEIGHTS: return "no later step mends a weight: end this run; " + back + (r->has_source ? "; is the model of --init whole?" : "; then a lower --lr or a longer --warmup");
+        case IN_ACTIVATIONS: return std::string("the forward pass overflows: a lower --lr or a longer --warmup keeps the model whole, --skip-loss-z 5 leaves out the steps that lead there") + formats + "; " + back;
+        case IN_GRADIENTS: return std::string("the loss is finite, and its gradient overflows: a lower --lr or a longer --warmup, --skip-grad-z 5") + (is_fp8(r->config.wire) ? ", --grad-dtype bf16" : "") + formats + "; " + back;
+        default: return "neither weights, nor the activations of its batch, nor gradients show it now: one such step does no harm; if they come back, a lower --lr; " + back;
+    }
+}
+
+// After a step with a loss or gradient that was not finite: names the first tensor that is to blame. All ranks. `begin`: of the step's batch
+static void name_not_finite(Run* r, int64_t step, const LoaderPosition* begin) {
+    NotFinite found = find_not_finite(&r->model, &r->train, begin, &r->batches[0], r->micro_batches);
+    r->searches++;
+    r->to_blame = found.kind == IN_NOTHING ? "" : std::string(found.name) + ", at step " + std::to_string(step + 1);
+    if (r->topology.world.rank != 0) { return; }
+    console_print(&r->console, "step %" PRId64 "/%" PRId64 " | %s%s; %s", step + 1, r->steps, found.kind == IN_NOTHING ? "not finite" : "the first tensor that is not finite is ", found.name,
+        not_finite_advice(r, (NotFiniteKind)found.kind).c_str());
+    json_object* o = json_object_new_object();
+    add_int(o, "step", step + 1);
+    add_string(o, "not_finite", found.name);
+    log_line(&r->log, o);
+}
+
 static void validate(Run* r, int64_t step) {
     double loss = evaluate(&r->model, &r->val, &r->batches[0], r->args.val_batches);
     if (r->topology.world.rank != 0) { return; }
@@ -2718,20 +2985,23 @@ template <class F> static void each_work(const Model* m, const Gpu* g, F f) {
     auto bytes = [&](const char* name, double n, double forward, double backward) { f(Work{name, false, 0.0, n}, forward, backward); };
     for (int l = 0; l < stage_layers(c); l++) {
         const Layer* y = &m->layers[l];
-        auto x = [=](const Param* w) { return (double)dtype_bytes(x_type(c, w)); };
-        double copies = turned_ld(m) > 0 ? 2.0 : 1.0;  // dY is written transposed too
+        bool blocks = by_block(c);
+        // X is written by channels, and by tokens where those are kept
+        auto x = [=](const Param* w, bool kept) { return (double)dtype_bytes(x_type(c, w)) * (blocks && kept && in_fp8(w) ? 2.0 : 1.0); };
+        double copies = turned_ld(m) > 0 || blocks ? 2.0 : 1.0;  // dY is written transposed too
         auto dy = [=](const Param* w) { return in_fp8(w) ? copies * dtype_bytes(c->fp8_bwd) : 0.0; };  // written beside the sums for the bias
         for (const Param* w : {y->qkvw, y->fcw}) {
-            bytes("LayerNorm, residual added", (3.0 * act + x(w)) * own, 1.0, 0.0);
-            bytes("LayerNorm again", (act + x(w)) * own, 0.0, c->recompute >= 2 ? 1.0 : 0.0);
+            double before = blocks && in_fp8(w) ? 2.0 * act : 0.0;  // written before its blocks are known, and read
+            bytes("LayerNorm, residual added", (3.0 * act + before + x(w, c->recompute < 2)) * own, 1.0, 0.0);
+            bytes("LayerNorm again", (act + x(w, false)) * own, 0.0, c->recompute >= 2 ? 1.0 : 0.0);
             bytes("LayerNorm backward", 4.0 * act * own, 0.0, 1.0);
         }
-        bytes("GELU", (act + x(y->fcprojw)) * 4.0 * inner, 1.0, 0.0);
-        bytes("GELU again", (act + x(y->fcprojw)) * 4.0 * inner, 0.0, c->recompute >= 1 ? 1.0 : 0.0);
+        bytes("GELU", (act + x(y->fcprojw, c->recompute < 1)) * 4.0 * inner, 1.0, 0.0);
+        bytes("GELU again", (act + x(y->fcprojw, false)) * 4.0 * inner, 0.0, c->recompute >= 1 ? 1.0 : 0.0);
         bytes("GELU backward", (2.0 * act + (in_fp8(y->fcw) ? dy(y->fcw) : act)) * 4.0 * inner, 0.0, 1.0);
         for (const Param* w : {y->projw, y->fcprojw}) { bytes("dY cast, its columns added", (act + dy(w)) * own, 0.0, 1.0); }
         bytes("dY cast, its columns added", (act + dy(y->qkvw)) * 3.0 * inner, 0.0, 1.0);
-        if (in_fp8(y->projw)) { bytes("attention's output cast", (act + x(y->projw)) * inner, 1.0, m->attention.flash ? 1.0 : 0.0); }
+        if (in_fp8(y->projw)) { bytes("attention's output cast", (act + x(y->projw, !m->attention.flash)) * inner, 1.0, m->attention.flash ? 1.0 : 0.0); }
     }
     double layers = stage_layers(c), scores = (double)m->attention.heads * rows * c->T / 2.0;
     if (c->rope) { bytes("rotation", 4.0 * act * inner, layers, m->attention.flash ? 0.0 : layers); }
@@ -2890,7 +3160,7 @@ static void make_plan(Run* r) {
     p.seq_len = a->seq_len;
     p.micro_batches = r->micro_batches;
     p.flops = flops_of_token(&r->config) * (double)a->global_batch;
-    p.memory_limit = p.gpu != NULL ? p.gpu->memory - GPU_RESERVED : (double)device_memory_free() / p.world;
+    p.memory_limit = p.gpu != NULL ? p.gpu->memory - GPU_RESERVED : (double)device_memory_free(p.world);
     Matmul matmuls;
     if (p.gpu != NULL) {
         matmul_imagine(&matmuls, p.gpu->capability);
@@ -2918,6 +3188,176 @@ static void make_plan(Run* r) {
         note_slow_fp8(r, stdout, p.gpu);
     }
     if (fflush(stdout) != 0) { die("--plan: cannot write: %s", strerror(errno)); }
+}
+
+// ---- a run that does not fit: flags that would ----
+
+static bool* given_of(Run* r, const void* value) { return &r->table.items[option_of(&r->table.options, value) - r->table.options.items].given; }
+
+// The settings of the run for dry runs of other ones, of the same model and data
+static void imagine_run(Run* p, const Run* r) {
+    option_table(&p->table, &p->args);
+    for (int i = 0; i < r->table.options.count; i++) { p->table.items[i].given = r->table.items[i].given; }
+    Args* a = &p->args;
+    for (const void* known : {(const void*)&a->layers, (const void*)&a->heads, (const void*)&a->width, (const void*)&a->position, (const void*)&a->global_batch}) { *given_of(p, known) = true; }
+    p->on_gpu = r->on_gpu;
+}
+
+// Bytes of the fullest rank; where one has more than `limit`, that one's
+static size_t dry_bytes(Run* p, const Run* r, Matmul* matmuls, size_t limit) {
+    const Args* a = &p->args;
+    Topology* t = &p->topology;
+    int dp = r->topology.layout.dp;
+    *t = Topology{};
+    t->layout = layout_of(0, dp * (int)(a->tp * a->pp), (int)a->tp, (int)a->pp);
+    each_group(t, [=](Group* g, int size) {
+        g->size = size;
+        g->transport = size == 1 ? ALONE : r->topology.world.transport != ALONE ? r->topology.world.transport : device_is_gpu ? OVER_NCCL : OVER_MPI;
+    });
+    resolve_model(p);
+    resolve_vocabulary(p, r->config.vocab);
+    p->config.positions = max_of(r->config.positions, p->config.T);
+    resolve_global_batch(p);
+    size_t most = 0;
+    for (int stage = 0; stage < a->pp; stage++) {
+        for (int replica = 0; replica < dp && most <= limit; replica++) {
+            Memory memory;
+            dry_run(p, matmuls, stage, replica, a->micro_batch, &memory);
+            most = max_of(most, memory_total(&memory));
+            model_forget(&p->model);
+        }
+    }
+    return most;
+}
+
+struct Candidate {        // flags that may fit
+    int64_t tp, pp;
+    bool narrow;          // FP8 where the recipe has none, else gradients added up in it
+    int64_t zero, micro_batch, recompute;
+};
+
+// Does the recipe leave room for narrower formats, and has the user not said which?
+static bool may_narrow(const Run* r) {
+    const Options* o = &r->table.options;
+    const Args* a = &r->args;
+    if (r->config.fp8) { return is_fp8(r->config.wire) && !is_fp8(r->config.accum) && !option_given(o, &a->grad_accum_rounding); }
+    bool formats = false, here = false;
+    for (int i = 0; i < o->count; i++) {
+        const Option* x = &o->items[i];
+        if (x->type == OPTION_GROUP) { here = x->name == precision_group; continue; }
+        formats |= here && x->given && x->value != &a->recipe && x->value != &a->recompute;
+    }
+    return !formats;
+}
+
+static size_t candidate_bytes(Run* p, const Run* r, Matmul* matmuls, const Candidate* c, size_t limit) {
+    Args* a = &p->args;
+    bool *accum_given = given_of(p, &a->grad_accum_dtype), given = *accum_given;
+    *a = r->args;
+    a->init = NULL;
+    a->plan = true;
+    a->gpu = device_is_gpu ? GPU_H100 : GPU_NONE;
+    a->tp = c->tp;
+    a->pp = c->pp;
+    a->zero = c->zero;
+    a->micro_batch = c->micro_batch;
+    a->recompute = c->recompute;
+    if (c->narrow && !r->config.fp8) { a->recipe = RECIPE_FP8; }
+    if (c->narrow && r->config.fp8) {
+        a->grad_accum_dtype = GRAD_E4M3;
+        *accum_given = true;
+    }
+    size_t bytes = dry_bytes(p, r, matmuls, limit);
+    *accum_given = given;
+    return bytes;
+}
+
+static std::string candidate_text(const Run* r, const Candidate* c, size_t bytes) {
+    const Args* a = &r->args;
+    std::string text = "what fits:";
+    auto flag = [&](const char* name, int64_t value) { text += formatted(" --%s %" PRId64, name, value); };
+    if (c->recompute != a->recompute) { flag("recompute", c->recompute); }
+    if (c->micro_batch != a->micro_batch) {
+        flag("micro-batch", c->micro_batch);
+        if (!option_given(&r->table.options, &a->global_batch)) { flag("global-batch", a->global_batch); }  // which would shrink with it
+    }
+    if (c->zero != a->zero) { flag("zero", c->zero); }
+    if (c->narrow) { text += r->config.fp8 ? " --grad-accum-dtype e4m3" : " --recipe fp8"; }
+    if (c->tp != a->tp) { flag("tp", c->tp); }
+    if (c->pp != a->pp) { flag("pp", c->pp); }
+    int ranks = (int)(c->tp * c->pp) * r->topology.layout.dp;
+    text += formatted(" (%.2f GiB", (double)bytes / (1 << 30));
+    if (ranks != r->topology.world.size) { text += formatted(" on each of %d ranks with as much memory as this one has: %s", ranks, launch_of(r, ranks).c_str()); }
+    return text + ")";
+}
+
+// The flags that fit into `limit` bytes a rank and change least, as text. In this order: --recompute 2, a smaller micro-batch of the same global batch, --zero,
+// narrower formats, and more ranks to a replica.
+static std::string flags_that_fit(const Run* r, size_t limit) {
+    const Args* a = &r->args;
+    const int64_t most_ranks = 64, dp = r->topology.layout.dp, sequences = a->global_batch / a->seq_len / dp;
+    static Run p;
+    imagine_run(&p, r);
+    Matmul matmuls;
+    if (device_is_gpu) { matmul_imagine(&matmuls, r->model.matmul.capability); }
+    else { matmul_create(&matmuls); }
+    Candidate c = {a->tp, a->pp, false, a->zero, a->micro_batch, a->recompute};
+    auto divides = [&](int64_t n) { return a->micro_batch % n == 0 && sequences / n >= c.pp && (!r->on_gpu || !(r->config.fp8 || c.narrow) || n * a->seq_len % 16 == 0); };
+    auto fits = [&](size_t* bytes) { return (*bytes = candidate_bytes(&p, r, &matmuls, &c, limit)) <= limit; };
+    auto with_these_ranks = [&]() -> std::string {
+        size_t bytes;
+        for (int narrow = 0; narrow <= may_narrow(r); narrow++) {
+            c.narrow = narrow;
+            int64_t least = 1;
+            while (least < a->micro_batch && !divides(least)) { least++; }
+            if (!divides(least)) { continue; }
+            for (int64_t zero = a->zero; zero <= (dp > 1 ? 2 : a->zero); zero++) {
+                c.zero = zero;
+                c.micro_batch = least;
+                c.recompute = 2;
+                if (!fits(&bytes)) { continue; }
+                for (int64_t n = a->micro_batch; n >= least; n--) {
+                    if (!divides(n)) { continue; }
+                    c.micro_batch = n;
+                    for (int64_t recompute : {a->recompute, (int64_t)2}) {
+                        c.recompute = recompute;
+                        if (fits(&bytes)) { return candidate_text(r, &c, bytes); }
+                    }
+                }
+            }
+        }
+        return "";
+    };
+    std::string found;
+    for (int64_t more = 1; more <= most_ranks && found.empty(); more *= 2) {
+        for (int64_t tp = more; tp >= 1 && found.empty(); tp /= 2) {
+            c.tp = a->tp * tp;
+            c.pp = a->pp * (more / tp);
+            bool near = c.tp <= max_of(a->tp, (int64_t)GPUS_A_NODE);  // what the ranks of a layer send each other is too much for a network
+            bool shares = (c.tp == 1 || !by_block(&r->config)) && a->heads % c.tp == 0 && a->seq_len % c.tp == 0 && a->layers % c.pp == 0 && (!r->on_gpu || a->width % (16 * c.tp) == 0);
+            if (near && shares) { found = with_these_ranks(); }
+        }
+    }
+    matmul_destroy(&matmuls);
+    if (!found.empty()) { return found; }
+    return formatted("no --recompute, --micro-batch, --zero or %" PRId64 " times the ranks would do: a smaller model (--init, --layers, --width) or --seq-len needs less, and --plan tells how much", most_ranks);
+}
+
+// All ranks have the memory that they will take, or none begins
+static void require_memory(Run* r) {
+    Group* world = &r->topology.world;
+    size_t mine[] = {memory_total(&r->memory), device_memory_free(r->world.ranks_per_device)};
+    std::vector<size_t> all(2 * (size_t)world->size);
+    host_all_gather(world, all.data(), mine, sizeof(mine));
+    bool fits = true;
+    size_t least = SIZE_MAX;
+    for (size_t i = 0; i < all.size(); i += 2) {
+        fits = fits && all[i] <= all[i + 1];
+        least = min_of(least, all[i + 1]);
+    }
+    if (fits) { return; }
+    std::string advice = gather_text(world, world->rank == 0 ? flags_that_fit(r, least) : "");  // rank 0 alone looks for it
+    memory_refuse(r->fullest, least, r->world.ranks_per_device, advice.c_str());
 }
 
 // ---- saving, going on, ending ----
@@ -3275,6 +3715,8 @@ static void load_checkpoint(Run* r) {
         const Option* o = find_option(&r->table.options, format, strlen(format));
         if (flag_text(o) != json_object_get_string(json_member(settings, format))) { r->model.steps_recorded = 0; }
     }
+    const char* scaling = json_object_get_string(json_member(settings, "fp8-scaling"));
+    if (scaling != NULL && strcmp(scaling, "block") == 0 && !by_block(&r->config)) { r->model.steps_recorded = 0; }  // it keeps no amaxes
     json_object* run = json_member(r->resumed, "run");
     r->skipped = json_int(run, "skipped");
     r->not_finite = json_int(run, "not_finite");
@@ -3306,6 +3748,7 @@ static void print_together(Run* r, const char* task, int* argc, char*** argv) {
 
 static void setup(Run* r, int argc, char** argv) {
     r->began = wall_seconds();
+    r->program = argv[0];
     for (int i = 0; i < argc; i++) { r->command += (i > 0 ? " " : "") + shell_word(argv[i]); }
     option_table(&r->table, &r->args);
     for (int i = 1; i < argc; i++) {
@@ -3318,19 +3761,29 @@ static void setup(Run* r, int argc, char** argv) {
         make_plan(r);
         exit(0);
     }
+    note_lone_task(r);
+    int launched = launched_processes();
+    watch_meeting(r, launched);
     r->world = world_init(&argc, &argv);
+    watchdog.progress++;
     require_same_task(&r->world, NULL);
+    watchdog.progress++;
     world_select_device(&r->world);
+    watchdog.progress++;
 #ifdef _OPENMP
     omp_set_num_threads(threads_per_rank(&r->world));
 #endif
     r->topology.world = group_world(&r->world, r->args.staged);
+    watchdog.progress++;
     Group* world = &r->topology.world;
     static char text[1 << 20];
     settings_text(r, text, sizeof(text));
     require_same_everywhere(world, "flags", text);
+    watchdog_stop(&watchdog);
     if (r->args.resume) { find_checkpoint(r); }
+    watch_meeting(r, launched);
     join_topology(r);
+    watchdog_stop(&watchdog);
     resolve_model(r);
     open_data(r);
     if (r->resumed != NULL && !r->has_source) { r->config.positions = atoi(json_object_get_string(json_member(json_member(r->resumed, "fixed"), "positions"))); }
@@ -3349,7 +3802,7 @@ static void setup(Run* r, int argc, char** argv) {
     r->parameters = count_parameters(r);
     model_plan(&r->model, &r->config, &r->topology, &r->memory);
     compare_memory(r);
-    memory_require(&r->memory, r->world.ranks_per_device, "a smaller --micro-batch or --seq-len, or a higher --recompute, needs less");
+    require_memory(r);
     barrier(world);  // every rank has found its input good: from here on things are written
     r->log = no_log();
     if (world->rank == 0) {
@@ -3373,7 +3826,7 @@ static void setup(Run* r, int argc, char** argv) {
     model_commit(&r->model, &r->memory);
     if (r->resumed != NULL) { load_checkpoint(r); }
     else { model_set_weights(&r->model, r->has_source ? &r->source : NULL); }
-    if (!limited) { r->checkpoints.most_memory = host_memory_free() / 2 / (size_t)r->world.local_size; }  // now that the model has its own
+    if (!limited) { r->checkpoints.most_memory = host_memory_free(r->world.local_size) / 2; }  // now that the model has its own
     if (r->has_source) { weight_source_close(&r->source); }
     resolve_peak(r);
     for (int i = 0; i < host_batches(&r->config); i++) { r->batches.push_back(host_batch_create(rows_of(&r->model))); }
@@ -3392,12 +3845,15 @@ static void setup(Run* r, int argc, char** argv) {
     catch_signals();
 }
 
+// To end a message with
+static std::string blame_of(const Run* r) { return r->to_blame.empty() ? "" : "; the first tensor that was not finite: " + r->to_blame; }
+
 // Too many steps in a row were skipped
 [[noreturn]] static void give_up(Run* r, int64_t step) {
     save_wait(r);
     int64_t good = r->checkpoints.last;
-    die("the last %" PRId64 " steps, up to step %" PRId64 ", were skipped (--max-skipped); %s; a lower --lr, a longer --warmup or --clip may keep the model whole", r->skipped_in_a_row, step + 1,
-        good < 0 ? "there is no checkpoint to go back to" : ("--resume goes on from step " + std::to_string(good)).c_str());
+    die("the last %" PRId64 " steps, up to step %" PRId64 ", were skipped (--max-skipped); %s; a lower --lr, a longer --warmup or --clip may keep the model whole%s", r->skipped_in_a_row, step + 1,
+        good < 0 ? "there is no checkpoint to go back to" : ("--resume goes on from step " + std::to_string(good)).c_str(), blame_of(r).c_str());
 }
 
 static void train(Run* r) {
@@ -3408,7 +3864,7 @@ static void train(Run* r) {
     settings.weight_decay = (float)a->weight_decay;
     float weight = token_weight(a->global_batch);
     double profile_start = 0.0;
-    struct { bool waiting, after; int64_t step; double lr, start; uint64_t sent[COMM_OPERATIONS]; } last = {};
+    struct { bool waiting, after; int64_t step; double lr, start; uint64_t sent[COMM_OPERATIONS]; LoaderPosition batch; } last = {};
     bool after = false;  // a step: nothing has come between it and the next
     auto show_last = [&]() {
         if (!last.waiting) { return; }
@@ -3416,6 +3872,10 @@ static void train(Run* r) {
         double seconds = device_is_gpu ? step_seconds(m, last.after) : wall_seconds() - last.start;
         show_step(r, last.step, &record, last.lr, seconds, last.sent);
         last.waiting = false;
+        if (r->not_finite_in_a_row == 1 && r->searches < NOT_FINITE_SEARCHES) {
+            name_not_finite(r, last.step, &last.batch);
+            after = false;
+        }
         if (a->max_skipped > 0 && r->skipped_in_a_row >= a->max_skipped) { give_up(r, last.step); }
     };
     int64_t first = r->first_step;
@@ -3449,6 +3909,7 @@ static void train(Run* r) {
         if (end) { break; }
         double start = wall_seconds(), lr = learning_rate(a->schedule, a->lr, a->min_lr_frac, r->warmup, step, r->steps);
         if (a->overfit_batch) { loader_rewind(&r->train); }
+        LoaderPosition batch = loader_position(&r->train);
         topology_forget_sent(&r->topology);
         run_micro_batches(m, r->batches.data(), r->micro_batches, weight, [=](HostBatch* b, int) {
             watchdog_progress(&watchdog, step, "a micro-batch");
@@ -3461,6 +3922,7 @@ static void train(Run* r) {
         last.after = after;
         after = true;
         last.step = step;
+        last.batch = batch;
         last.lr = lr;
         last.start = start;
         topology_sent(last.sent, &r->topology);
@@ -3477,8 +3939,8 @@ static void train(Run* r) {
                       r->steps, r->not_finite);
     }
     if (r->not_finite_in_a_row >= min_of(r->steps, NOT_FINITE_FAILS) && r->steps > 0) {
-        die("the last %" PRId64 " steps had no finite loss or gradient: the model no longer trains; a lower --lr, a longer --warmup or --clip may keep it whole",
-            r->not_finite_in_a_row);
+        die("the last %" PRId64 " steps had no finite loss or gradient: the model no longer trains; a lower --lr, a longer --warmup or --clip may keep it whole%s",
+            r->not_finite_in_a_row, blame_of(r).c_str());
     }
     int64_t timed = m->step - 1;
     if (a->profile && r->topology.world.rank == 0 && timed > 0) {

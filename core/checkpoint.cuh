@@ -10,7 +10,8 @@
 //
 // A rank's file holds, of a tensor NAME, its elements [first, first + count) of the share that it has of the whole tensor (core/params.h). Where these lie
 // the file's metadata says under NAME. The bytes are those on the device: codes as they are, with their scales beside them:
-//     NAME.weight, .master, .m, .v                   codes. (rows, cols) where the rank has all of them, else (count); UE5M3 as U8
+//     NAME.weight, .master, .m, .v                   codes. (rows, cols) where the rank has all of them, else (count); UE5M3 as U8. No weight that is scaled by block: it follows
+//                                                    from its master
 //     NAME.master.slot, …                            (4) {descale, scale, descale before, 0} of a tensor that has one scale
 //     NAME.master.exponents, …                       codes are values · 2^exponent: one for each 128 elements
 // Ranks that hold the same values have one of them write.
@@ -76,7 +77,7 @@ static inline void remove_unfinished(const std::string& folder) {
     }
 }
 
-static inline std::string error_text(int error, const std::string& path) { return error == 0 ? "" : path + ": " + strerror(error); }
+static inline std::string error_text(int error, const std::string& path) { return error == 0 ? "" : path + ": " + error_of(error); }
 
 // A file of these bytes, on the disk when this returns; or why not
 static inline std::string write_text(const std::string& path, const std::string& text) {
@@ -264,11 +265,11 @@ static inline void checkpoint_write(CheckpointWriter* w) {
     XXH3_state_t* hash = XXH3_createState();
     XXH3_128bits_reset(hash);
     int fd = open(w->path.c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0666);
-    if (fd < 0) { wrong = w->path + ": " + strerror(errno); }
+    if (fd < 0) { wrong = w->path + ": " + error_of(errno); }
     auto put = [&](const void* bytes, size_t n) {
         XXH3_128bits_update(hash, bytes, n);
         int error = write_fully(fd, bytes, n);
-        if (error != 0) { wrong = strerror(error); }
+        if (error != 0) { wrong = error_of(error); }
         w->written += n;
     };
     if (wrong.empty()) { put(header.data(), header.size()); }
@@ -287,8 +288,8 @@ static inline void checkpoint_write(CheckpointWriter* w) {
         }
         at += bytes;
     }
-    if (wrong.empty() && fsync(fd) != 0) { wrong = strerror(errno); }
-    if (fd >= 0 && close(fd) != 0 && wrong.empty()) { wrong = strerror(errno); }
+    if (wrong.empty() && fsync(fd) != 0) { wrong = error_of(errno); }
+    if (fd >= 0 && close(fd) != 0 && wrong.empty()) { wrong = error_of(errno); }
     w->digest = digest_of(XXH3_128bits_digest(hash));
     XXH3_freeState(hash);
     w->wrong = wrong;
@@ -351,10 +352,10 @@ static inline void checkpoint_begin(Checkpoints* c, int64_t step, const Checkpoi
     c->step = step;
     c->texts = texts;
     std::string folder = unfinished_folder(c);
-    char refused[200] = "";
+    char refused[320] = "";
     if (c->world.rank == 0) {
         remove_folder(folder);
-        if (mkdir(folder.c_str(), 0777) != 0) { snprintf(refused, sizeof(refused), "%.120s: %s", folder.c_str(), strerror(errno)); }
+        if (mkdir(folder.c_str(), 0777) != 0) { snprintf(refused, sizeof(refused), "%.120s: %s", folder.c_str(), error_of(errno).c_str()); }
     }
     host_broadcast(&c->world, refused, sizeof(refused), 0);
     w->path = folder + "/" + rank_file(c->world.rank);
@@ -376,7 +377,7 @@ static inline void checkpoint_begin(Checkpoints* c, int64_t step, const Checkpoi
     w->state = SAVE_WRITING;
     if (w->capacity < bytes) {
         if (w->copy != NULL) { pinned_free(w->copy); }
-        bool room = bytes <= c->most_memory && bytes < host_memory_free() / (size_t)max_of(c->world.ranks_per_device, 1);
+        bool room = bytes <= c->most_memory && bytes < host_memory_free(c->world.ranks_per_device);
         w->copy = room ? (char*)pinned_alloc_or_null(bytes) : NULL;
         w->capacity = w->copy != NULL ? bytes : 0;
     }
@@ -388,7 +389,7 @@ static inline void checkpoint_begin(Checkpoints* c, int64_t step, const Checkpoi
             at += n;
         }
         stream_sync(s);
-        w->thread = std::thread(checkpoint_write, w);
+        w->thread = thread_started([=] { checkpoint_write(w); });
     } else {
         if (w->chunk == NULL) { w->chunk = (char*)host_alloc(CHECKPOINT_CHUNK); }
         checkpoint_write(w);
@@ -471,7 +472,7 @@ static inline void checkpoint_conclude(Checkpoints* c) {
         if (s->state != SAVE_DONE && wrong.empty()) { wrong = (c->world.size > 1 ? "rank " + std::to_string(r) + ": " : "") + s->wrong; }
     }
     w->state = SAVE_WRITING;
-    w->thread = std::thread([=] {
+    w->thread = thread_started([=] {
         double start = wall_seconds();
         bool named = false;
         std::string failed = wrong.empty() ? checkpoint_commit(&named, c, sums) : wrong;

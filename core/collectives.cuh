@@ -184,9 +184,9 @@ static inline World world_init(int* argc, char*** argv) {
     if (launched != 0) { world_start_mpi(&w, argc, argv, launched); }
 #else
     (void)argc, (void)argv;
-    if (launched > 1) {
-        bad_input("the launcher started %d processes, but this binary was built without MPI and can only be one; install an MPI with its "
-            "mpicc and build again", launched);
+    if (launched > 1 || launched < 0) {  // each would train alone, into the same folder
+        bad_input("a launcher started %s, but this binary was built without MPI and can only be one; start it without the launcher, or install an MPI with its mpicc "
+            "(scripts/setup.sh does) and build again: make clean, then make", launched > 1 ? formatted("%d processes", launched).c_str() : "this process, maybe with others");
     }
 #endif
     cpu_set_t set;
@@ -209,10 +209,10 @@ static inline void world_finalize(World* w) {
 // Takes the GPU whose number is the rank within the node (a launcher may also show each rank a GPU of its own), and sees who shares it.
 static inline void world_select_device(World* w) {
 #ifdef USE_CUDA
-    int count = device_count();
-    if (count == 0) { bad_input("no GPU is visible to this process; this binary is for GPUs, make DEVICE=cpu builds one for the CPU"); }
-    int device = w->local_rank % count;
+    device_require_any();
+    int device = w->local_rank % device_count();
     device_select(device);
+    device_require_code();
     char id[32] = "";
     CUDA_CHECK(cudaDeviceGetPCIBusId(id, (int)sizeof(id), device));
     w->ranks_per_device = local_count_same(w, id, sizeof(id));

@@ -89,21 +89,8 @@ template <class T> DEVICE T max_of(T a, T b) { return a < b ? b : a; }
 
 static inline void* host_alloc(size_t bytes) {
     void* p = malloc(bytes > 0 ? bytes : 1);
-    if (p == NULL) { die("out of host memory: %zu bytes asked for", bytes); }
+    if (p == NULL) { die("out of host memory: %zu bytes asked for; other programs, or a limit (ulimit -v, the container's), leave less", bytes); }
     return p;
-}
-
-// What the system can give without swapping: free pages and the caches that it would drop
-static inline size_t host_memory_free(void) {
-    size_t bytes = (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE), kib;
-    FILE* f = fopen("/proc/meminfo", "r");
-    if (f == NULL) { return bytes; }
-    char line[128];
-    while (fgets(line, sizeof(line), f) != NULL) {
-        if (sscanf(line, "MemAvailable: %zu kB", &kib) == 1) { bytes = kib * 1024; break; }
-    }
-    fclose(f);
-    return bytes;
 }
 
 // A bijection of 64-bit words in which every input bit moves every output bit (splitmix64's finaliser)

@@ -21,6 +21,8 @@
 #pragma once
 #include "common.h"
 #include "float8.cuh"
+#include "host_memory.h"
+#include "trouble.h"
 #ifdef USE_CUDA
 #include <cuda_runtime.h>
 #elif defined(SIMT)
@@ -41,12 +43,33 @@ typedef cudaStream_t Stream;
 static const bool device_is_gpu = true;
 static const char* const device_kind = "cuda";
 
+static inline GpuFacts gpu_facts(void) {
+    GpuFacts f = {getenv("CUDA_VISIBLE_DEVICES"), 0, 0, 0, ""};
+    int device, major = 0, minor = 0;
+    cudaDriverGetVersion(&f.driver);
+    cudaRuntimeGetVersion(&f.runtime);
+    if (cudaGetDevice(&device) == cudaSuccess) {
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    }
+    f.capability = 10 * major + minor;
+#ifdef __CUDA_ARCH_LIST__
+#define TEXT_OF(...) #__VA_ARGS__
+#define EXPANDED(...) TEXT_OF(__VA_ARGS__)
+    f.built = EXPANDED(__CUDA_ARCH_LIST__);
+#undef EXPANDED
+#undef TEXT_OF
+#endif
+    return f;
+}
+
 static inline void cuda_check(cudaError_t e, const char* call, const char* file, int line) {
     if (e == cudaSuccess) { return; }
-    const char* hint = e == cudaErrorMemoryAllocation ? "; hint: the GPU's memory is full, another process may be using it"
-        : e == cudaErrorNoKernelImageForDevice ? "; hint: the binary was not built for this GPU: make GPU_ARCH=<its compute capability>"
-        : e == cudaErrorInsufficientDriver ? "; hint: the driver is older than the CUDA toolkit of the build" : "";
-    die("%s:%d: %s: %s%s", file, line, call, cudaGetErrorString(e), hint);
+    GpuFacts facts = gpu_facts();
+    std::string hint = e == cudaErrorMemoryAllocation ? "the GPU's memory is full: nvidia-smi lists who else uses it; --recompute 2, a smaller --micro-batch or --seq-len need less"
+        : e == cudaErrorNoKernelImageForDevice ? gpu_trouble_text(GPU_NO_CODE, &facts)
+        : e == cudaErrorInsufficientDriver ? gpu_trouble_text(facts.driver == 0 ? GPU_ABSENT : GPU_DRIVER_OLD, &facts) : "";
+    die("%s:%d: %s: %s%s%s", file, line, call, cudaGetErrorString(e), hint.empty() ? "" : "; hint: ", hint.c_str());
 }
 #define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
 
@@ -86,7 +109,28 @@ static inline int device_capability(void) {
     CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, i));
     return 10 * major + minor;
 }
-static inline size_t device_memory_free(void) { size_t f, t; CUDA_CHECK(cudaMemGetInfo(&f, &t)); return f; }
+// Ends where no GPU can be used, and says why
+static inline void device_require_any(void) {
+    int n = 0;
+    cudaError_t e = cudaGetDeviceCount(&n);
+    if (e == cudaSuccess && n > 0) { return; }
+    GpuFacts facts = gpu_facts();
+    if (e != cudaSuccess && e != cudaErrorNoDevice && e != cudaErrorInsufficientDriver) { bad_input("the GPU cannot be used: %s; nvidia-smi may tell more", cudaGetErrorString(e)); }
+    bad_input("%s", gpu_trouble_text(e == cudaErrorInsufficientDriver && facts.driver > 0 ? GPU_DRIVER_OLD : GPU_ABSENT, &facts).c_str());
+}
+static __global__ void empty_kernel(void) {}
+// Ends where the selected device cannot run what is in this binary
+static inline void device_require_code(void) {
+    GpuFacts facts = gpu_facts();
+    if (facts.capability < LEAST_CAPABILITY) { bad_input("%s", gpu_trouble_text(GPU_TOO_OLD, &facts).c_str()); }
+    cudaFuncAttributes found;
+    cudaError_t e = cudaFuncGetAttributes(&found, empty_kernel);
+    bool no_code = e == cudaErrorNoKernelImageForDevice || e == cudaErrorInvalidDeviceFunction || e == cudaErrorUnsupportedPtxVersion;
+    if (no_code) { bad_input("%s", gpu_trouble_text(GPU_NO_CODE, &facts).c_str()); }
+    CUDA_CHECK(e);
+}
+// For each of the processes that share the device
+static inline size_t device_memory_free(int processes = 1) { size_t f, t; CUDA_CHECK(cudaMemGetInfo(&f, &t)); return f / (size_t)max_of(processes, 1); }
 static inline void device_name(char* name, size_t size) {
     cudaDeviceProp p;
     int i;
@@ -140,7 +184,10 @@ static const char* const device_kind = "cpu";
 
 static inline void* device_alloc(size_t bytes) {
     void* p = aligned_alloc(256, round_up(bytes > 0 ? bytes : 1, (size_t)256));
-    if (p == NULL) { die("out of memory: %zu bytes asked for", bytes); }
+    if (p == NULL) {
+        die("out of memory: %zu bytes asked for, and about %zu are left of the machine's or of a limit (ulimit -v, the container's); --recompute 2, a smaller --micro-batch or --seq-len need less",
+            bytes, host_memory_free());
+    }
 #ifdef SIMT
     simt_allocated(p, bytes);
 #endif
@@ -178,7 +225,7 @@ static inline void graph_begin(Stream) {}
 static inline Graph graph_end(Stream) { return NULL; }
 static inline void graph_launch(Graph, Stream) {}
 static inline void graph_free(Graph) {}
-static inline size_t device_memory_free(void) { return host_memory_free(); }
+static inline size_t device_memory_free(int processes = 1) { return host_memory_free(processes); }
 static inline void device_name(char* name, size_t size) {
     snprintf(name, size, "CPU");
     FILE* f = fopen("/proc/cpuinfo", "r");

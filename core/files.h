@@ -2,6 +2,7 @@
 // else, since some callers go on.
 #pragma once
 #include "common.h"
+#include "options.h"  // edit_distance
 #include <algorithm>
 #include <dirent.h>
 #include <fcntl.h>
@@ -32,6 +33,38 @@ static inline int names_in_folder(std::vector<std::string>* names, const std::st
     closedir(d);
     std::sort(names->begin(), names->end());
     return error;
+}
+
+// Of a path or pattern that nothing has: how far it leads, and what there is like it
+static inline std::string nearest_text(const std::string& path) {
+    const char* const wild = "*?[";
+    std::string folder = folder_of(path), name = path.substr(path.find_last_of('/') + 1), missing;
+    while (!is_folder(folder)) {
+        missing = folder;
+        folder = folder_of(folder);
+    }
+    std::string here = folder == "." ? "this folder" : "'" + folder + "'";
+    if (!missing.empty()) {
+        struct stat s;
+        if (missing.find_first_of(wild) != std::string::npos) { return "no folder that matches '" + missing + "' in " + here + " has it"; }
+        return (stat(missing.c_str(), &s) == 0 ? "no folder, but a file, is '" : "there is no folder '") + missing + "', but " + here + " is there";
+    }
+    std::vector<std::string> names;
+    int error = names_in_folder(&names, folder), best = INT32_MAX;
+    if (error != 0) { return here + " cannot be read: " + strerror(error); }
+    names.erase(std::remove_if(names.begin(), names.end(), [](const std::string& n) { return n[0] == '.'; }), names.end());
+    if (names.empty()) { return here + " is empty"; }
+    name.erase(std::remove_if(name.begin(), name.end(), [=](char c) { return strchr(wild, c) != NULL; }), name.end());
+    const std::string* nearest = NULL;  // all may be too far
+    for (const std::string& n : names) {
+        int distance = edit_distance(name.data(), name.size(), n.data(), n.size());
+        if (distance < best) {
+            best = distance;
+            nearest = &n;
+        }
+    }
+    std::string all = std::to_string(names.size()) + (names.size() == 1 ? " name" : " names");
+    return nearest == NULL ? here + " has " + all + " unlike it" : "of the " + all + " in " + here + " the nearest is '" + *nearest + "'";
 }
 
 // A folder of files, and no folders in it. What cannot be removed stays

@@ -18,7 +18,8 @@
 // a variable count are one instruction on AVX2, AVX-512 and GPUs.
 //
 // A tensor is stored as q = cast(x * scale) with scale a power of two, so multiplying and dividing by it is exact: scale = 2^floor(log2(fp_max/amax)
-// - margin). It is computed from the exponent and significand bits of amax, not by logf, whose last bit differs between libraries.
+// - margin). It is computed from the exponent and significand bits of amax, not by logf, whose last bit differs between libraries. Or each 128 elements of a
+// row, or 128 × 128 of a matrix, have a scale of their own.
 #pragma once
 #include "common.h"
 
@@ -261,6 +262,17 @@ DEVICE float scale_from_amax(float amax, float largest, int margin, float old_sc
     int e = (int)(f >> 23) - (int)(a >> 23) - ((a & 0x7fffffu) > (f & 0x7fffffu) ? 1 : 0) - margin;
     e = e > 126 ? 126 : e < -126 ? -126 : e;
     return a == 0 || a >= 0x7f800000u ? old_scale : exp2_int(e);
+}
+
+// Elements that share a scale where a matmul's operands are scaled by block: along the dimension that is summed over, and of weights across it too
+constexpr int SCALE_BLOCK = 128;
+
+// Descales of a row of 128 × 128 blocks, with the padding that cuBLASLt wants
+DEVICE int64_t padded_blocks(int64_t blocks) { return round_up(blocks, (int64_t)4); }
+
+// The scale of a block from its own amax, given as bits. Zeros take any; a block that is not finite gets NaN, and so do its codes and all that they enter.
+DEVICE float block_scale(uint32_t amax, float largest) {
+    return amax >= 0x7f800000u ? bits_to_float(0x7fc00000u) : scale_from_amax(bits_to_float(amax), largest, 0, 1.0f);
 }
 
 // ---- random bits for stochastic rounding ----

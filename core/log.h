@@ -25,7 +25,8 @@
 //       json_object_object_add(object, "loss", json_object_new_double(loss));
 //       log_line(&log, object);
 #pragma once
-#include "common.h"  // bad_input, die
+#include "common.h"   // bad_input, die
+#include "trouble.h"  // error_of
 #include <fcntl.h>
 #include <float.h>
 #include <json-c/json.h>
@@ -51,16 +52,16 @@ static inline void make_directory(const char* flag, const char* path) {
         if (stat(work, &status) == 0) {
             if (!S_ISDIR(status.st_mode)) { bad_input("%s: '%s' is a file, not a folder", flag, work); }
         } else {
-            bad_input("%s: cannot make the folder '%s': %s", flag, work, strerror(error));
+            bad_input("%s: cannot make the folder '%s': %s", flag, work, error_of(error).c_str());
         }
     }
     snprintf(work, length + 64, "%s/.write_test_%ld", path, (long)getpid());
     int fd = open(work, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0666);
-    if (fd < 0) { bad_input("%s: cannot write to the folder '%s': %s", flag, path, strerror(errno)); }
+    if (fd < 0) { bad_input("%s: cannot write to the folder '%s': %s", flag, path, error_of(errno).c_str()); }
     int error = write(fd, "\n", 1) == 1 ? 0 : errno;
     if (close(fd) != 0 && error == 0) { error = errno; }
     unlink(work);
-    if (error != 0) { bad_input("%s: cannot write to the folder '%s': %s", flag, path, strerror(error)); }
+    if (error != 0) { bad_input("%s: cannot write to the folder '%s': %s", flag, path, error_of(error).c_str()); }
     free(work);
 }
 
@@ -106,7 +107,7 @@ static inline Log log_open(const char* flag, const char* directory, bool append)
         die("%s: another run is writing to '%s'; wait for its end, or give this one another folder", flag, directory);
     }
     int error = log.fd < 0 ? errno : append ? drop_torn_line(log.fd) : ftruncate(log.fd, 0) != 0 && errno != EINVAL ? errno : 0;
-    if (error != 0) { bad_input("%s: cannot open '%s': %s", flag, log.path, strerror(error)); }
+    if (error != 0) { bad_input("%s: cannot open '%s': %s", flag, log.path, error_of(error).c_str()); }
     return log;
 }
 
@@ -214,7 +215,7 @@ static inline void log_line(Log* log, json_object* line) {
         bool whole = written <= 0 || before < 0 || ftruncate(log->fd, before) == 0;
         if (!log->failed) {
             fprintf(stderr, "train_gpt_fp8: cannot write to %s: %s; the run goes on, and lines are missing from this log%s\n", log->path,
-                    strerror(error), whole ? "" : ", one is cut short");
+                    error_of(error).c_str(), whole ? "" : ", one is cut short");
         }
         log->failed = true;
     }

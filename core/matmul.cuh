@@ -21,6 +21,9 @@
 // once for all shapes that were planned, and matmul_choices_write and matmul_choices_read carry the choices to other ranks, runs and
 // checkpoints (matmul_choice.h).
 //
+// FP8 operands may be scaled by block: 128 elements along k share a scale (VEC128), or 128 of k and 128 rows of a weight (BLK128). Capability 9.0 multiplies
+// such operands as they are, if not both are BLK128; a CPU decodes them, exactly as ever.
+//
 // Numbers: |err| <= 16·2⁻²⁴·Σ|ab| for FP32 D, and half a unit of BF16 more for BF16 D; sums that are exactly representable are exact. NaN
 // and inf propagate; BF16 subnormals may be flushed. The same call on the same device with the same thread count and algorithm gives the same bits.
 #pragma once
@@ -33,7 +36,22 @@
 
 // ---- the interface ----
 
-// A matrix operand, row-major. Real value = element × *descale.
+// How many elements share a descale, a power of two or NaN. Of blocks they are laid out as cuBLASLt wants them, by the product and not as the operand is
+// stored; `outer` is the dimension that is not k, and k is cut into ⌈k/128⌉ blocks, of which the last may be short.
+enum OperandScale {
+    SCALE_TENSOR,           // all: one
+    SCALE_VEC128,           // 128 along k: (⌈k/128⌉, outer)
+    SCALE_BLK128,           // 128 along k and 128 outer ones: (⌈outer/128⌉, ⌈k/128⌉ rounded up to a multiple of 4)
+};
+static inline int64_t block_pitch(int64_t k) { return padded_blocks(ceil_div(k, (int64_t)SCALE_BLOCK)); }  // of BLK128
+// How many descales there are
+static inline size_t operand_scales(OperandScale scaling, int64_t outer, int64_t k) {
+    if (scaling == SCALE_TENSOR) { return 1; }
+    int64_t block = SCALE_BLOCK;
+    return (size_t)(scaling == SCALE_VEC128 ? ceil_div(k, block) * outer : ceil_div(outer, block) * block_pitch(k));
+}
+
+// A matrix operand, row-major. Real value = element × its descale.
 struct Operand {
     const void* data;
     DType dtype;            // FP32, BF16, E4M3, E5M2
@@ -41,6 +59,7 @@ struct Operand {
     int64_t ld;             // elements between rows as stored
     int64_t batch_stride;   // elements between matrices of a batch, 0 when batch == 1
     bool transposed;        // stored (k, m) for A, (n, k) for B, instead of (m, k) and (k, n)
+    OperandScale scaling = SCALE_TENSOR;
 };
 
 struct MatmulCall {
@@ -63,7 +82,7 @@ struct MatmulShape {
     uint8_t a_dtype, b_dtype, d_dtype, bias_dtype;
     bool a_transposed, b_transposed, bias, accumulate, fast_accumulate;
     bool unaligned;         // GPU: a pointer or stride that the library sees is no multiple of 16 bytes
-    uint8_t zeros[2];
+    uint8_t a_scaling, b_scaling;
 };
 static_assert(sizeof(MatmulShape) == 80, "padding would be compared too");
 
@@ -150,6 +169,11 @@ static inline const char* matmul_objection(const MatmulCall* c) {
     }
     if ((a == FP32) != (b == FP32)) { return "an fp32 operand needs the other to be fp32"; }
     if (a == E5M2 && b == E5M2) { return "e5m2 x e5m2 is no hardware's product: one operand must be e4m3"; }
+    bool a_blocks = c->a.scaling != SCALE_TENSOR, b_blocks = c->b.scaling != SCALE_TENSOR;
+    if ((a_blocks && !is_fp8(a)) || (b_blocks && !is_fp8(b))) { return "only FP8 operands are scaled by block"; }
+    if (a_blocks != b_blocks) { return "both operands are scaled by block, or none"; }
+    if (c->a.scaling == SCALE_BLK128 && c->b.scaling == SCALE_BLK128) { return "128 x 128 blocks times 128 x 128 blocks is no hardware's product"; }
+    if (a_blocks && c->batch != 1) { return "operands that are scaled by block come in no batches"; }
     if (c->d_dtype != FP32 && c->d_dtype != BF16) { return "the result is fp32 or bf16"; }
     if (c->bias != NULL && c->bias_dtype != FP32 && c->bias_dtype != BF16) { return "a bias is fp32 or bf16"; }
     if (c->m < 0 || c->n < 0 || c->k < 0) { return "negative size"; }
@@ -269,6 +293,9 @@ static inline const char* matmul_gpu_objection(const MatmulCall* c, int capabili
     if (longest > INT32_MAX) { return "cuBLASLt takes rows of at most 2 GiB"; }
     GpuPlan p = matmul_gpu_plan(c, capability);
     if (!p.fp8) { return NULL; }
+    bool blocks = c->a.scaling != SCALE_TENSOR;
+    if (blocks && capability != 90) { return "cuBLASLt multiplies operands that are scaled by blocks of 128 on capability 9.0 alone"; }
+    if (blocks && c->m % 4 != 0) { return "operands that are scaled by block have an m that is a multiple of 4: pad with zeros"; }
     if (c->k % 16 != 0 || c->n % 16 != 0) { return "FP8 units take k and n that are multiples of 16: pad with zeros"; }
     if (p.a.transposed && c->m % 16 != 0) { return "FP8 units take a transposed A whose m is a multiple of 16: pad with zeros"; }
     if (!gpu_strides_aligned(c, &p)) { return "FP8 units take leading dimensions and batch strides that are multiples of 16 bytes"; }
@@ -276,6 +303,18 @@ static inline const char* matmul_gpu_objection(const MatmulCall* c, int capabili
 }
 
 // ---- kernels of our own ----
+
+// y (n) = x · s, exact if the product fits To
+template <class To, class From, class Team> DEVICE void convert_row(Team t, To* y, const From* x, float s, int n) {
+    if constexpr (std::is_same<To, bf16>::value && sizeof(From) == 1) {
+        int k = (int)(float_to_bits(s) >> 23) - 127;  // s = 2^k
+        if (k >= -WIDEN_RANGE && k <= WIDEN_RANGE) {
+            t.each(n, [=](auto c) { store_raw(y, c, widen(load_raw(x, c), k)); });
+            return;
+        }
+    }
+    t.each(n, [=](auto c) { store(y, c, load(x, c) * s); });
+}
 
 // y (batch, rows, cols) with rows y_ld apart = x × *descale, exact if the product fits To
 template <class To, class From> struct ConvertRows {
@@ -287,17 +326,41 @@ template <class To, class From> struct ConvertRows {
     template <class Team> DEVICE void operator()(Team team, int row) const {
         To* yr = y + (size_t)row * (size_t)y_ld;
         const From* xr = x + (int64_t)(row / rows) * x_batch_stride + (int64_t)(row % rows) * x_ld;
-        float s = descale != NULL ? *descale : 1.0f;
         bool packs = pack_aligned(xr) && pack_aligned(yr);
-        Team t = packs ? team : team.unaligned();
-        if constexpr (std::is_same<To, bf16>::value && sizeof(From) == 1) {
-            int k = (int)(float_to_bits(s) >> 23) - 127;  // s = 2^k
-            if (k >= -WIDEN_RANGE && k <= WIDEN_RANGE) {
-                t.each(cols, [=](auto c) { store_raw(yr, c, widen(load_raw(xr, c), k)); });
-                return;
-            }
+        convert_row(packs ? team : team.unaligned(), yr, xr, descale != NULL ? *descale : 1.0f, cols);
+    }
+};
+
+// Where the descale of element (row, column) of a stored matrix is: at row / row_block · row_step + column / column_block · column_step
+struct BlockStrides { int row_block, column_block; int64_t row_step, column_step; };
+
+// Of an operand stored (rows, cols), of which k is the columns or the rows
+static inline BlockStrides block_strides(OperandScale scaling, bool k_is_columns, int rows, int cols) {
+    if (scaling == SCALE_VEC128) { return k_is_columns ? BlockStrides{1, SCALE_BLOCK, 1, rows} : BlockStrides{SCALE_BLOCK, 1, cols, 1}; }
+    return k_is_columns ? BlockStrides{SCALE_BLOCK, SCALE_BLOCK, block_pitch(cols), 1} : BlockStrides{SCALE_BLOCK, SCALE_BLOCK, 1, block_pitch(rows)};
+}
+
+// y (rows, cols) with rows y_ld apart = x × its descales, exact if the product fits To
+template <class To, class From> struct ConvertBlocks {
+    To* y;
+    const From* x;
+    const float* descales;
+    BlockStrides at;
+    int64_t y_ld, x_ld;
+    int cols;
+    template <class Team> DEVICE void operator()(Team team, int row) const {
+        const float* d = descales + row / at.row_block * at.row_step;
+        To* yr = y + (int64_t)row * y_ld;
+        const From* xr = x + (int64_t)row * x_ld;
+        Team t = pack_aligned(xr) && pack_aligned(yr) && pack_aligned(d) ? team : team.unaligned();
+        if (at.column_block == 1) {
+            t.each(cols, [=](auto c) { store(yr, c, load(xr, c) * load(d, c)); });
+            return;
         }
-        t.each(cols, [=](auto c) { store(yr, c, load(xr, c) * s); });
+        for (int first = 0; first < cols; first += SCALE_BLOCK) {
+            const float* descale = d + first / SCALE_BLOCK * at.column_step;
+            convert_row(t, yr + first, xr + first, *descale, min_of(SCALE_BLOCK, cols - first));
+        }
     }
 };
 
@@ -340,20 +403,22 @@ static inline void finish_matmul(const MatmulCall* c, const float* x, Stream str
     else { finish_rows((bf16*)c->d, x, c, stream); }
 }
 
+// x (batch, rows, cols) as stored; `k_is_columns`: its rows lie along k
 template <class To>
-static inline void convert_operand(To* y, int64_t y_ld, const Operand* x, int rows, int cols, int batch, Stream stream) {
-    int all = rows * batch;
-    int64_t stride = x->batch_stride;
+static inline void convert_operand(To* y, int64_t y_ld, const Operand* x, int rows, int cols, int batch, bool k_is_columns, Stream stream) {
+    auto convert = [&](auto from) {
+        typedef typename decltype(from)::type From;
+        const From* data = (const From*)x->data;
+        if (x->scaling == SCALE_TENSOR) {
+            run_rows(ConvertRows<To, From>{y, data, x->descale, y_ld, x->ld, x->batch_stride, rows, cols}, rows * batch, stream);
+        } else {
+            run_rows(ConvertBlocks<To, From>{y, data, x->descale, block_strides(x->scaling, k_is_columns, rows, cols), y_ld, x->ld, cols}, rows, stream);
+        }
+    };
     switch (x->dtype) {
-        case E4M3:
-            run_rows(ConvertRows<To, e4m3>{y, (const e4m3*)x->data, x->descale, y_ld, x->ld, stride, rows, cols}, all, stream);
-            break;
-        case E5M2:
-            run_rows(ConvertRows<To, e5m2>{y, (const e5m2*)x->data, x->descale, y_ld, x->ld, stride, rows, cols}, all, stream);
-            break;
-        case BF16:
-            run_rows(ConvertRows<To, bf16>{y, (const bf16*)x->data, x->descale, y_ld, x->ld, stride, rows, cols}, all, stream);
-            break;
+        case E4M3: convert(Tag<e4m3>{}); break;
+        case E5M2: convert(Tag<e5m2>{}); break;
+        case BF16: convert(Tag<bf16>{}); break;
         default: die("matmul: no conversion from %s", dtype_names[x->dtype]);
     }
 }
@@ -503,6 +568,7 @@ static inline MatmulEntry* matmul_entry(Matmul* mm, const MatmulCall* c, bool po
     s.bias = c->bias != NULL;
     s.bias_dtype = (uint8_t)(s.bias ? c->bias_dtype : FP32);
     s.a_transposed = c->a.transposed; s.b_transposed = c->b.transposed;
+    s.a_scaling = (uint8_t)c->a.scaling; s.b_scaling = (uint8_t)c->b.scaling;
     s.accumulate = c->accumulate;
     if (device_is_gpu) {
         s.fast_accumulate = c->fast_accumulate;
@@ -559,6 +625,7 @@ static inline void matmul(Matmul* mm, const MatmulCall* c, Stream stream) {
     if (c->d == NULL || (c->k > 0 && (c->a.data == NULL || c->b.data == NULL))) { matmul_refuse(c, "a matrix is NULL"); }
     if (!is_fp8(c->a.dtype) && c->a.descale != NULL) { matmul_refuse(c, "only FP8 operands have a descale, A is not one"); }
     if (!is_fp8(c->b.dtype) && c->b.descale != NULL) { matmul_refuse(c, "only FP8 operands have a descale, B is not one"); }
+    if (c->a.scaling != SCALE_TENSOR && (c->a.descale == NULL || c->b.descale == NULL)) { matmul_refuse(c, "the descales of blocks are NULL"); }
     if (entry->workspace > mm->workspace_bytes) {
         char why[128];
         snprintf(why, sizeof(why), "needs %zu bytes of workspace and was planned %zu", entry->workspace, mm->workspace_bytes);
@@ -683,8 +750,8 @@ static inline void matmul_time_alone(Matmul* mm, Stream stream) {
 static inline MatmulCall matmul_shape_call(const MatmulShape* s, void* d, const void* a, const void* b, const void* bias, const float* descale) {
     MatmulCall c = {};
     c.d = d; c.d_dtype = (DType)s->d_dtype; c.d_ld = s->d_ld; c.d_batch_stride = s->d_stride;
-    c.a = Operand{a, (DType)s->a_dtype, is_fp8((DType)s->a_dtype) ? descale : NULL, s->a_ld, s->a_stride, s->a_transposed};
-    c.b = Operand{b, (DType)s->b_dtype, is_fp8((DType)s->b_dtype) ? descale : NULL, s->b_ld, s->b_stride, s->b_transposed};
+    c.a = Operand{a, (DType)s->a_dtype, is_fp8((DType)s->a_dtype) ? descale : NULL, s->a_ld, s->a_stride, s->a_transposed, (OperandScale)s->a_scaling};
+    c.b = Operand{b, (DType)s->b_dtype, is_fp8((DType)s->b_dtype) ? descale : NULL, s->b_ld, s->b_stride, s->b_transposed, (OperandScale)s->b_scaling};
     c.bias = s->bias ? bias : NULL;
     c.bias_dtype = (DType)s->bias_dtype;
     c.m = s->m; c.n = s->n; c.k = s->k; c.batch = s->batch;
@@ -730,7 +797,7 @@ static inline int matmul_choose(Matmul* mm, double seconds, Stream stream) {
     }
     auto larger = [](const MatmulEntry* a, const MatmulEntry* b) { return shape_flops(&a->shape) > shape_flops(&b->shape); };
     std::stable_sort(open.begin(), open.end(), larger);
-    size_t workspace_bytes = 0, a_bytes = 0, b_bytes = 0, d_bytes = 0, bias_bytes = 0;
+    size_t workspace_bytes = 0, a_bytes = 0, b_bytes = 0, d_bytes = 0, bias_bytes = 0, scales = 4;
     for (MatmulEntry* e : open) {
         if (shape_flops(&e->shape) < 1e-3 * most || kernel_algorithms(e->kernel) < 2) { continue; }
         workspace_bytes = max_of(workspace_bytes, e->workspace);
@@ -738,17 +805,19 @@ static inline int matmul_choose(Matmul* mm, double seconds, Stream stream) {
         b_bytes = max_of(b_bytes, b_bytes_of(&e->shape));
         d_bytes = max_of(d_bytes, d_bytes_of(&e->shape));
         bias_bytes = max_of(bias_bytes, (size_t)e->shape.n * 4);
+        scales = max_of(scales, operand_scales((OperandScale)e->shape.a_scaling, e->shape.m, e->shape.k));
+        scales = max_of(scales, operand_scales((OperandScale)e->shape.b_scaling, e->shape.n, e->shape.k));
         timed.push_back(e);
     }
     int done = 0;
     if (!timed.empty()) {
         void *a = device_alloc(a_bytes), *b = device_alloc(b_bytes), *d = device_alloc(d_bytes), *bias = device_alloc(bias_bytes);
-        float* descale = (float*)device_alloc(16);
+        float* descale = (float*)device_alloc(scales * sizeof(float));
         void *workspace = device_alloc(workspace_bytes), *kept = mm->workspace;
         size_t kept_bytes = mm->workspace_bytes;
         matmul_set_workspace(mm, workspace, workspace_bytes);
-        float one[4] = {1.0f};
-        copy_to_device(descale, one, sizeof(one), stream);
+        std::vector<float> ones(scales, 1.0f);
+        copy_to_device(descale, ones.data(), scales * sizeof(float), stream);
         device_zero(bias, bias_bytes, stream);
         device_zero(d, d_bytes, stream);
         for (MatmulEntry* e : timed) {

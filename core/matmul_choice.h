@@ -31,9 +31,10 @@ static inline std::string choice_device(const char* name, uint64_t version) {
 
 static inline std::string choice_shape(const MatmulShape* s) {
     char text[256];
-    snprintf(text, sizeof(text), "%d,%d,%d,%d;%" PRId64 ",%" PRId64 ",%" PRId64 ";%" PRId64 ",%" PRId64 ",%" PRId64 ";%s%s,%s%s,%s%s,%s%s%s",
-             s->m, s->n, s->k, s->batch, s->a_ld, s->b_ld, s->d_ld, s->a_stride, s->b_stride, s->d_stride, dtype_names[s->a_dtype],
-             s->a_transposed ? "T" : "", dtype_names[s->b_dtype], s->b_transposed ? "T" : "", dtype_names[s->d_dtype], s->accumulate ? "+" : "",
+    static const char* const scaling[] = {"", "v", "b"};  // by OperandScale
+    snprintf(text, sizeof(text), "%d,%d,%d,%d;%" PRId64 ",%" PRId64 ",%" PRId64 ";%" PRId64 ",%" PRId64 ",%" PRId64 ";%s%s%s,%s%s%s,%s%s,%s%s%s",
+             s->m, s->n, s->k, s->batch, s->a_ld, s->b_ld, s->d_ld, s->a_stride, s->b_stride, s->d_stride, dtype_names[s->a_dtype], scaling[s->a_scaling],
+             s->a_transposed ? "T" : "", dtype_names[s->b_dtype], scaling[s->b_scaling], s->b_transposed ? "T" : "", dtype_names[s->d_dtype], s->accumulate ? "+" : "",
              s->bias ? dtype_names[s->bias_dtype] : "-", s->fast_accumulate ? ",fast" : "", s->unaligned ? ",unaligned" : "");
     return text;
 }

@@ -10,7 +10,9 @@
 // choices are kept, results repeat.
 //
 // What FP8 on 9.0 allows, and what of it is used: COMPUTE_32F, one dequantising scale a tensor for A and B (16-byte aligned, or 13.0 reads
-// beside it), fast accumulation where the caller asks (forward), FP32 D with β = 1 (weight gradients), a BF16 bias beside BF16 or FP32 D.
+// beside it), fast accumulation where the caller asks (forward), FP32 D with β = 1 (weight gradients), a BF16 bias beside BF16 or FP32 D. From CUDA 12.9 on
+// scales of 128 elements (1 × 128, and 128 × 128 for one of the two): FP32 again, from a multiple of 16 bytes on, M and N multiples of 4. Fast accumulation is
+// off there: sums over a block are added up in FP32 anyway.
 //
 // GELU is not left to the library, though GELU_AUX_BIAS with D in E4M3 would save GELU's pass its 2 bytes read an element. cublasLt.h allows
 // beside E4M3 D an aux (fc before GELU, which backward needs) of E4M3 or FP16, and ours is BF16. D's scale must be known before the product:
@@ -129,6 +131,18 @@ static inline void name_kernel(MatmulKernel* k) {
              p->b.copy == GPU_DECODE ? ", decodes B" : "");
 }
 
+// Descales are laid out by the product (OperandScale), so a copy of an operand that is transposed takes those of the operand
+static inline void set_block_scales(MatmulKernel* k, const MatmulCall* c) {
+#if CUBLAS_VERSION >= 120900
+    auto mode = [](const Operand* x) { return (int32_t)(x->scaling == SCALE_VEC128 ? CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F : CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F); };
+    set_operation(k, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, mode(&c->b));
+    set_operation(k, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, mode(&c->a));
+#else
+    (void)k;
+    matmul_refuse(c, "scales by block need CUDA 12.9 or later");
+#endif
+}
+
 static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCall* c) {
     MatmulKernel* k = new MatmulKernel();
     entry->kernel = k;
@@ -145,7 +159,9 @@ static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCal
     set_operation(k, CUBLASLT_MATMUL_DESC_TRANSB, (int32_t)(p->a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
     const void* somewhere = (const void*)(size_t)256;  // of a pointer, the choice of algorithm looks at alignment and presence only
     if (p->fp8) {
-        set_operation(k, CUBLASLT_MATMUL_DESC_FAST_ACCUM, (int8_t)(c->fast_accumulate ? 1 : 0));
+        bool blocks = c->a.scaling != SCALE_TENSOR;
+        set_operation(k, CUBLASLT_MATMUL_DESC_FAST_ACCUM, (int8_t)(c->fast_accumulate && !blocks ? 1 : 0));
+        if (blocks) { set_block_scales(k, c); }
         set_operation(k, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, somewhere);
         set_operation(k, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, somewhere);
     }
@@ -216,11 +232,11 @@ static inline bool kernel_take(Matmul* mm, MatmulEntry* entry, const MatmulAlgor
 
 // The operand as the library wants it: where it lies, or copied into the workspace
 static inline const void* present_operand(const GpuOperand* o, const Operand* x, char* workspace, int rows, int cols, int batch,
-                                          Stream stream) {
+                                          bool k_is_columns, Stream stream) {
     char* copy = workspace + o->offset;
     if (o->copy == GPU_AS_IS) { return x->data; }
     if (o->copy == GPU_DECODE) {
-        convert_operand((bf16*)copy, o->ld, x, rows, cols, batch, stream);
+        convert_operand((bf16*)copy, o->ld, x, rows, cols, batch, k_is_columns, stream);
     } else {
         TransposeBytes t = {(uint8_t*)copy, (const uint8_t*)x->data, o->ld, x->ld, o->batch_stride, x->batch_stride, rows, cols};
         launch(transpose_bytes_kernel, dim3((unsigned)(t.tiles_down() * t.tiles_across()), 1, (unsigned)batch),
@@ -239,8 +255,8 @@ static inline LibraryCall library_call(Matmul* mm, MatmulEntry* entry, const Mat
     char* w = (char*)mm->workspace;
     int a_rows = c->a.transposed ? c->k : c->m, a_cols = c->a.transposed ? c->m : c->k;
     int b_rows = c->b.transposed ? c->n : c->k, b_cols = c->b.transposed ? c->k : c->n;
-    const void* a = present_operand(&p->a, &c->a, w, a_rows, a_cols, c->batch, stream);
-    const void* b = present_operand(&p->b, &c->b, w, b_rows, b_cols, c->batch, stream);
+    const void* a = present_operand(&p->a, &c->a, w, a_rows, a_cols, c->batch, !c->a.transposed, stream);
+    const void* b = present_operand(&p->b, &c->b, w, b_rows, b_cols, c->batch, c->b.transposed, stream);
     void* d = p->d_copy ? w + p->d_offset : (char*)c->d;
     if (p->fp8) {
         if (((size_t)c->a.descale | (size_t)c->b.descale) % 16 != 0) {

@@ -145,10 +145,10 @@ static inline void kernel_create(Matmul* mm, MatmulEntry* entry, const MatmulCal
 
 // The operand as oneDNN wants it: where it lies, or converted at `copy`
 static inline void* present_operand(const MatmulKernel* k, const Operand* x, bool convert, void* copy, int rows, int cols, int batch,
-                                    Stream stream) {
+                                    bool k_is_columns, Stream stream) {
     if (!convert) { return (void*)x->data; }
-    if (k->compute == BF16) { convert_operand((bf16*)copy, cols, x, rows, cols, batch, stream); }
-    else { convert_operand((float*)copy, cols, x, rows, cols, batch, stream); }
+    if (k->compute == BF16) { convert_operand((bf16*)copy, cols, x, rows, cols, batch, k_is_columns, stream); }
+    else { convert_operand((float*)copy, cols, x, rows, cols, batch, k_is_columns, stream); }
     return copy;
 }
 
@@ -157,8 +157,8 @@ static inline void kernel_run(Matmul* mm, MatmulEntry* entry, const MatmulCall* 
     char* w = (char*)mm->workspace;
     int a_rows = c->a.transposed ? c->k : c->m, a_cols = c->a.transposed ? c->m : c->k;
     int b_rows = c->b.transposed ? c->n : c->k, b_cols = c->b.transposed ? c->k : c->n;
-    void* a = present_operand(k, &c->a, k->convert_a, w + k->a_offset, a_rows, a_cols, c->batch, stream);
-    void* b = present_operand(k, &c->b, k->convert_b, w + k->b_offset, b_rows, b_cols, c->batch, stream);
+    void* a = present_operand(k, &c->a, k->convert_a, w + k->a_offset, a_rows, a_cols, c->batch, !c->a.transposed, stream);
+    void* b = present_operand(k, &c->b, k->convert_b, w + k->b_offset, b_rows, b_cols, c->batch, c->b.transposed, stream);
     void* d = k->d_copy ? w + k->d_offset : (char*)c->d;
     try {
         k->arguments[DNNL_ARG_SRC].set_data_handle(a);

@@ -6,7 +6,7 @@
 //
 //     Memory memory = {};
 //     model_allocate(&model, &memory);  // dry
-//     memory_require(&memory, 1, "a smaller batch needs less");
+//     if (memory_total(&memory) > device_memory_free()) { memory_refuse(memory.bytes, device_memory_free(), 1, "a smaller batch needs less"); }
 //     memory_commit(&memory);
 //     model_allocate(&model, &memory);  // hands out
 //
@@ -53,18 +53,18 @@ static inline size_t memory_total(const Memory* m) {
     return total;
 }
 
-// Refuses a plan that does not fit into what is free, before anything is taken. `advice`: what would need less.
-static inline void memory_require(const Memory* m, int processes_on_device, const char* advice) {
-    size_t total = memory_total(m), available = device_memory_free();
-    if (total <= available / (size_t)max_of(processes_on_device, 1)) { return; }
+// Refuses a plan (of these bytes by category) that does not fit into what is free for each process, before anything is taken. `advice`: what would fit.
+[[noreturn]] static inline void memory_refuse(const size_t* bytes, size_t free_for_each, int processes_on_device, const char* advice) {
     char table[512];
     int n = 0;
+    size_t total = 0;
     for (int i = 0; i < MEMORY_CATEGORIES; i++) {
-        n += snprintf(table + n, sizeof(table) - (size_t)n, "%s%s %.2f", i > 0 ? ", " : "", memory_names[i], (double)m->bytes[i] / (1 << 30));
+        total += bytes[i];
+        n += snprintf(table + n, sizeof(table) - (size_t)n, "%s%s %.2f", i > 0 ? ", " : "", memory_names[i], (double)bytes[i] / (1 << 30));
     }
-    bad_input("out of memory: this run needs %.2f GiB (%s) and %.2f GiB are free for %d process%s on this device; "
-        "%s", (double)total / (1 << 30), table, (double)available / (1 << 30), processes_on_device,
-        processes_on_device == 1 ? "" : "es", advice);
+    char shared[64] = "";
+    if (processes_on_device > 1) { snprintf(shared, sizeof(shared), " for each of %d processes", processes_on_device); }
+    bad_input("out of memory: this run needs %.2f GiB (%s) and %.2f GiB are free%s on this device; %s", (double)total / (1 << 30), table, (double)free_for_each / (1 << 30), shared, advice);
 }
 
 // Takes the planned blocks from the device.

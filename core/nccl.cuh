@@ -17,12 +17,11 @@
 
 constexpr int NCCL_PATIENCE = 600;  // seconds for one call to be taken up: connecting 512 ranks takes well under a minute
 
+static_assert(ncclUnhandledCudaError == 1 && ncclSystemError == 2 && ncclInternalError == 3 && ncclInvalidUsage == 5 && ncclRemoteError == 6, "nccl_advice knows them by number");
+
 static inline void nccl_check(ncclResult_t result, ncclComm_t comm, const char* call, const char* file, int line) {
     if (result == ncclSuccess || result == ncclInProgress) { return; }
-    const char* hint = result == ncclRemoteError ? "; hint: another rank has ended or cannot be reached: look for its message first"
-        : result == ncclInvalidUsage ? "; hint: do two ranks share a GPU, or do the nodes have different versions of NCCL?"
-        : result == ncclSystemError ? "; hint: is /dev/shm full, or no network interface right (NCCL_SOCKET_IFNAME)?" : "";
-    die("%s:%d: %s: %s (%s)%s; NCCL_DEBUG=INFO tells more", file, line, call, ncclGetErrorString(result), ncclGetLastError(comm), hint);
+    die("%s:%d: %s", file, line, nccl_trouble_text(result, (std::string(call) + ": " + ncclGetErrorString(result)).c_str(), ncclGetLastError(comm)).c_str());
 }
 
 // Calls, and waits until NCCL has taken the call up (not until the work on the stream is done).
@@ -40,8 +39,7 @@ static inline void nccl_settle(ncclComm_t comm, const char* call, const char* fi
         nccl_check(state, comm, call, file, line);
         if (state == ncclSuccess) { return; }
         if (time(NULL) - start > NCCL_PATIENCE) {
-            die("%s:%d: %s: nothing for %d seconds; hint: has every rank been started, and can the nodes reach each other "
-                "(NCCL_SOCKET_IFNAME)? NCCL_DEBUG=INFO tells more", file, line, call, NCCL_PATIENCE);
+            die("%s:%d: %s", file, line, nccl_trouble_text(0, formatted("%s: nothing for %d seconds", call, NCCL_PATIENCE).c_str(), "").c_str());
         }
         if (polls < 1000) { sched_yield(); } else { usleep(50); }  // most calls are taken up in microseconds, connecting takes seconds
     }
@@ -75,7 +73,7 @@ static inline std::string nccl_trouble(void) {
         ncclResult_t state = ncclSuccess;
         ncclResult_t asked = ncclCommGetAsyncError(comm, &state);
         if (asked != ncclSuccess) { state = asked; }
-        if (state != ncclSuccess && state != ncclInProgress) { return std::string("NCCL: ") + ncclGetErrorString(state) + " (" + ncclGetLastError(comm) + "); NCCL_DEBUG=INFO tells more"; }
+        if (state != ncclSuccess && state != ncclInProgress) { return nccl_trouble_text(state, (std::string("NCCL: ") + ncclGetErrorString(state)).c_str(), ncclGetLastError(comm)); }
     }
     return "";
 }

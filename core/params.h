@@ -47,6 +47,10 @@ struct Param {
     int piece_shift;     // elements before it in its first piece of the gradient norm
     void* weight;        // (rows, cols) of dtype
     float* slot;         // FP8: {descale, scale, 0, 0}, 16-byte aligned on the device; NULL otherwise
+    // FP8 with a scale for each 128 × 128: their amaxes, row by row, and their descales as products over columns take them, and over rows (core/matmul.cuh,
+    // SCALE_BLK128); NULL otherwise
+    uint32_t* block_amaxes;
+    float *block_descales, *turned_descales;
     OptimizerTensor master, m, v;
     // the gradient; where it lies is up to the reduction (comm.cuh)
     DType accum;         // its format while micro-batches are added up

@@ -3,6 +3,7 @@
 //
 //     produce_tile_kernel    tiles of 32 rows and 256 columns of a source: written in the format wanted, transposed too where a GPU's FP8 units want that, with
 //                            amax and column sums, in one pass
+//     produce_blocks_kernel  tiles of 128 × 128 of a source: written twice, with a scale for each row of the tile and with one for each column
 //     finish_columns_kernel  the column sums of the strips added up
 //     layernorm_*_kernel     a block a row, or some rows in turn, each held in registers between what is found out about it and what that makes of it
 //
@@ -233,6 +234,118 @@ template <class T, class D, class Source> static inline void launch_tiles(const 
     if (p.rows <= 0 || p.C <= 0) { return; }
     dim3 grid((unsigned)ceil_div(p.rows, TILE_ROWS), (unsigned)ceil_div(p.C, TILE_COLUMNS));
     launch(produce_tile_kernel<T, D, Source>, grid, dim3(TILE_THREADS), 0, s, p);
+}
+
+template <class T, class D, class Source> struct ProduceBlocks {
+    D* y;                    // (rows, C); NULL: not wanted
+    D* turned;               // (C, turned_ld) of its own codes, columns from `rows` on are 0; (rows, C) where turned_ld is 0; NULL: not wanted
+    int64_t turned_ld;       // a multiple of 4, no less than rows; or 0
+    float* descales;         // (⌈C/128⌉, rows) of y
+    float* turned_descales;  // (⌈rows/128⌉, C)
+    float* partial;          // (strips, C) sums of T(source) over TILE_ROWS rows; NULL: not wanted
+    Source source;
+    int rows, C;
+};
+
+constexpr int BLOCK_PACKS = SCALE_BLOCK / 8;                // threads that share a row of a tile
+constexpr int BLOCK_ROWS = SCALE_BLOCK / (TILE_THREADS / BLOCK_PACKS);  // neighbouring rows of a thread
+
+// grid (tiles of rows, tiles of columns)
+template <class T, class D, class Source> __global__ void __launch_bounds__(TILE_THREADS) produce_blocks_kernel(ProduceBlocks<T, D, Source> p) {
+    constexpr int WARPS = TILE_THREADS / 32, WORDS = SCALE_BLOCK / 4;  // of a column
+    static_assert(BLOCK_ROWS == 8 && BLOCK_PACKS == 16, "half a warp has a row, and a thread two words of a column");
+    __shared__ uint32_t words[SCALE_BLOCK * WORDS];
+    __shared__ uint32_t tops[WARPS * SCALE_BLOCK];
+    __shared__ float sums[SCALE_BLOCK / BLOCK_ROWS * SCALE_BLOCK];
+    __shared__ float scales[SCALE_BLOCK];
+    int tx = (int)threadIdx.x % BLOCK_PACKS, ty = (int)threadIdx.x / BLOCK_PACKS, warp = (int)threadIdx.x / 32;
+    int r0 = (int)blockIdx.x * SCALE_BLOCK, c0 = (int)blockIdx.y * SCALE_BLOCK, row = r0 + ty * BLOCK_ROWS, col = c0 + tx * 8;
+    float largest = largest_of(DTypeOf<D>::value);
+    Raw<T, 8> values[BLOCK_ROWS];
+    uint32_t column_tops[8];
+    float column_sums[8];
+    UNROLL
+    for (int k = 0; k < 8; k++) { column_tops[k] = 0; column_sums[k] = 0.0f; }
+    UNROLL
+    for (int i = 0; i < BLOCK_ROWS; i++) {
+        Vec<8> v = splat(Range<8>{0}, 0.0f);
+        if (col < p.C && row + i < p.rows) { v = take_pack(p.source.row((size_t)(row + i), p.C), col, p.C); }
+        UNROLL
+        for (int k = 0; k < 8; k++) { from_float(values[i].e[k], v.v[k]); v.v[k] = to_float(values[i].e[k]); }
+        UNROLL
+        for (int k = 0; k < 8; k++) {
+            column_tops[k] = max_of(column_tops[k], magnitude_bits(v.v[k]));
+            column_sums[k] += v.v[k];
+        }
+        uint32_t top = magnitude_bits(v);
+        for (int o = BLOCK_PACKS / 2; o > 0; o >>= 1) { top = max_of(top, __shfl_xor_sync(0xffffffffu, top, o)); }
+        if (p.y == NULL || row + i >= p.rows) { continue; }
+        float scale = block_scale(top, largest);
+        if (tx == 0) { p.descales[(size_t)blockIdx.y * p.rows + row + i] = 1.0f / scale; }
+        if (col < p.C) { put_pack(p.y + (size_t)(row + i) * p.C, col, p.C, encoded_pack<D>(v, scale)); }
+    }
+    UNROLL
+    for (int k = 0; k < 8; k++) {
+        uint32_t top = max_of(column_tops[k], __shfl_xor_sync(0xffffffffu, column_tops[k], BLOCK_PACKS));
+        if (ty % 2 == 0) { tops[warp * SCALE_BLOCK + tx * 8 + k] = top; }
+        sums[ty * SCALE_BLOCK + tx * 8 + k] = column_sums[k];
+    }
+    __syncthreads();
+    int c = (int)threadIdx.x % SCALE_BLOCK, half = (int)threadIdx.x / SCALE_BLOCK;
+    if (half == 0) {
+        uint32_t top = tops[c];
+        for (int w = 1; w < WARPS; w++) { top = max_of(top, tops[w * SCALE_BLOCK + c]); }
+        scales[c] = block_scale(top, largest);
+        if (p.turned != NULL && c0 + c < p.C) { p.turned_descales[(size_t)blockIdx.x * p.C + c0 + c] = 1.0f / scales[c]; }
+    }
+    if (p.partial != NULL && c0 + c < p.C) {
+        constexpr int PARTS = TILE_ROWS / BLOCK_ROWS;  // of a strip
+        for (int strip = half; strip < SCALE_BLOCK / TILE_ROWS && r0 + strip * TILE_ROWS < p.rows; strip += TILE_THREADS / SCALE_BLOCK) {
+            float total = 0.0f;
+            for (int i = 0; i < PARTS; i++) { total += sums[(strip * PARTS + i) * SCALE_BLOCK + c]; }
+            p.partial[(size_t)(r0 / TILE_ROWS + strip) * p.C + c0 + c] = total;
+        }
+    }
+    if (p.turned == NULL) { return; }
+    __syncthreads();
+    if (p.turned_ld == 0) {
+        UNROLL
+        for (int i = 0; i < BLOCK_ROWS; i++) {
+            if (row + i >= p.rows || col >= p.C) { continue; }
+            Raw<D, 8> codes;
+            UNROLL
+            for (int k = 0; k < 8; k++) { from_float(codes.e[k], to_float(values[i].e[k]) * scales[tx * 8 + k]); }
+            put_pack(p.turned + (size_t)(row + i) * p.C, col, p.C, codes);
+        }
+        return;
+    }
+    UNROLL
+    for (int k = 0; k < 8; k++) {
+        float scale = scales[tx * 8 + k];
+        UNROLL
+        for (int half_of = 0; half_of < 2; half_of++) {
+            uint32_t word = 0;
+            UNROLL
+            for (int i = 0; i < 4; i++) {
+                D code;
+                from_float(code, row + half_of * 4 + i < p.rows ? to_float(values[half_of * 4 + i].e[k]) * scale : 0.0f);
+                word |= (uint32_t)code.bits << (8 * i);
+            }
+            // where a word lies among its column's 32 depends on the column, which spreads the stores over the banks
+            words[(tx * 8 + k) * WORDS + ((ty * 2 + half_of) ^ (tx * 2))] = word;
+        }
+    }
+    __syncthreads();
+    for (int i = warp; i < SCALE_BLOCK; i += WARPS) {
+        int word = (int)threadIdx.x % 32, at = r0 + word * 4;
+        if (c0 + i < p.C && at < p.turned_ld) { *(uint32_t*)((uint8_t*)p.turned + (int64_t)(c0 + i) * p.turned_ld + at) = words[i * WORDS + (word ^ (i / 8 * 2))]; }
+    }
+}
+
+template <class T, class D, class Source> static inline void launch_blocks(const ProduceBlocks<T, D, Source>& p, Stream s) {
+    if (p.rows <= 0 || p.C <= 0) { return; }
+    dim3 grid((unsigned)ceil_div(p.rows, SCALE_BLOCK), (unsigned)ceil_div(p.C, SCALE_BLOCK));
+    launch(produce_blocks_kernel<T, D, Source>, grid, dim3(TILE_THREADS), 0, s, p);
 }
 
 // grad (C) = [grad +] Σ over strips of partial (strips, C). grid (C / 32); each of 8 warps adds every eighth strip, then the warps' sums are added in order.

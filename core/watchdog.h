@@ -11,6 +11,7 @@
 // rank whose page is empty nothing is known: its machine may have a disk of its own under that name.
 #pragma once
 #include "common.h"
+#include "trouble.h"  // what hangs at the start
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -52,7 +53,8 @@ static inline std::string heartbeats_path(const std::string& folder) { return fo
 static inline void heartbeat_write(const Watchdog* w, const Heartbeat* mine, int flags) {
     int fd = w->path.empty() ? -1 : open(w->path.c_str(), O_RDWR | O_CLOEXEC | flags, 0666);
     if (fd < 0) { return; }
-    (void)!pwrite(fd, mine, sizeof(*mine), (off_t)w->rank * HEARTBEAT_PAGE);
+    Heartbeat page = *mine;  // g++ 12 takes mine for its first member
+    (void)!pwrite(fd, &page, sizeof(page), (off_t)w->rank * HEARTBEAT_PAGE);
     close(fd);
 }
 
@@ -124,13 +126,15 @@ static inline void watchdog_run(Watchdog* w) {
         if (waited < w->timeout) { continue; }
         size_t slowest = (size_t)w->rank;
         for (size_t r = 0; !before.empty() && r < all.size(); r++) { slowest = all[r].beats >= 0 && all[r].pid != 0 && all[r].progress < all[slowest].progress ? r : slowest; }
+        std::string why = "no progress for " + std::to_string((int)(waited + 0.5)) + " s (--timeout): ";
+        if (w->ranks > 1 && w->path.empty()) { watchdog_end(w, why + "this rank waits in " + mine.doing + never_met_advice); }  // nothing is known of the others yet
         const Heartbeat* h = before.empty() ? &mine : &all[slowest];
-        watchdog_end(w, "no progress for " + std::to_string((int)(waited + 0.5)) + " s (--timeout): rank " + std::to_string(slowest) + " is the furthest behind: " + h->doing + " of step "
-            + std::to_string(h->step + 1) + ", process " + std::to_string(h->pid) + " on " + h->host + ". All ranks end; --resume goes on from the last checkpoint");
+        watchdog_end(w, why + "rank " + std::to_string(slowest) + " is the furthest behind: " + h->doing + " of step " + std::to_string(h->step + 1) + ", process " + std::to_string(h->pid)
+            + " on " + h->host + ". All ranks end; --resume goes on from the last checkpoint");
     }
 }
 
-// `folder`: where all ranks can write; all of them call it
+// `folder`: where all ranks can write, "": there is none yet; all of them call it
 static inline void watchdog_start(Watchdog* w, double timeout, const std::string& folder, int rank, int ranks, std::string (*trouble)(void)) {
     w->timeout = timeout;
     w->trouble = trouble;
@@ -146,11 +150,11 @@ static inline void watchdog_start(Watchdog* w, double timeout, const std::string
     w->mine.pid = (int64_t)getpid();
     gethostname(w->mine.host, sizeof(w->mine.host) - 1);
     snprintf(w->mine.doing, sizeof(w->mine.doing), "%s", w->doing.load());
-    if (ranks > 1) {
+    if (ranks > 1 && !folder.empty()) {
         w->path = heartbeats_path(folder);
         heartbeat_write(w, &w->mine, O_CREAT);
     }
-    w->thread = std::thread(watchdog_run, w);
+    w->thread = thread_started([=] { watchdog_run(w); });
 }
 
 static inline void watchdog_stop(Watchdog* w) {

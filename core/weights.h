@@ -6,6 +6,7 @@
 #pragma once
 #include "files.h"
 #include "params.h"
+#include "trouble.h"  // error_of
 #include <functional>
 
 // What a model of another program is
@@ -104,7 +105,7 @@ inline std::vector<std::string> out_unfinished;  // what goes when an export fai
 
 [[noreturn]] static inline void out_failed(const char* what, const std::string& path, int error) {
     for (const std::string& p : out_unfinished) { remove(p.c_str()); }
-    die("cannot %s '%s': %s; what was exported there before is as it was", what, path.c_str(), strerror(error));
+    die("cannot %s '%s': %s; what was exported there before is as it was", what, path.c_str(), error_of(error).c_str());
 }
 
 // A new file; what had its name is gone

@@ -1405,8 +1405,161 @@ static void memory_of_narrow_states_is_as_documented(void**) {
     }
 }
 
+// ---- weights scaled by block ----
+
+// One FP8 matrix whose blocks have scales, with masters of some format
+struct BlockModel {
+    ParamTable table = {};
+    Memory memory = {};
+    Optimizer o = {};
+    float* slots;
+    LossShare* loss;
+    Param* p;
+    int64_t tall, wide, pitch, turned_pitch;
+
+    BlockModel(int64_t rows, int64_t cols, DType master, bool by_block) {
+        o.config = OptimizerConfig{by_block, NEAREST, NEAREST, 1, true};
+        p = param_add(&table, "w", 0, rows, cols, MATRIX, E4M3);
+        p->master.dtype = master;
+        p->m.dtype = p->v.dtype = FP32;
+        p->grad_dtype = FP32;
+        tall = (rows + 127) / 128;
+        wide = (cols + 127) / 128;
+        pitch = (wide + 3) / 4 * 4;
+        turned_pitch = (tall + 3) / 4 * 4;
+        allocate();
+        memory_commit(&memory);
+        for (MemoryCategory c : {WEIGHTS, OPTIMIZER}) {  // nothing may rely on zeros that it did not write
+            std::vector<char> junk(memory.bytes[c], (char)0x9d);
+            copy_to_device(memory.block[c], junk.data(), junk.size(), NULL);
+        }
+        allocate();
+        memory_check(&memory);
+        optimizer_reset(&o, &table, NULL);
+        run_rows(ResetSlots{p->slot}, 1, NULL);
+        run_rows(ResetSlots{slots}, 1, NULL);
+    }
+    BlockModel(const BlockModel&) = delete;
+    BlockModel& operator=(const BlockModel&) = delete;
+    ~BlockModel() {
+        finish();
+        memory_release(&memory);
+    }
+    void allocate() {
+        p->weight = memory_take(&memory, WEIGHTS, param_elements(p), 1);
+        p->slot = memory_take<float>(&memory, WEIGHTS, 4);
+        optimizer_allocate(&o, &table, false, &memory);
+        p->grad = memory_take<float>(&memory, GRADIENTS, param_elements(p));
+        p->grad_slot = slots = memory_take<float>(&memory, GRADIENTS, 4);
+        loss = memory_take<LossShare>(&memory, GRADIENTS, 1);
+    }
+    void step(const std::vector<float>& g, double mean_loss) {
+        LossShare share = {mean_loss, (double)TOKENS};
+        copy_to_device(p->grad, g.data(), g.size() * sizeof(float), NULL);
+        copy_to_device(loss, &share, sizeof(share), NULL);
+        optimizer_decide(&o, &table, slots, loss, TOKENS, DecisionRules{0.9, 0.95, 0.0f, 0.0f, 0.0f}, NULL);
+        optimizer_update(&o, &table, AdamRates{1e-2f, 0.9f, 0.95f, 1e-8f, 0.0f}, 0.1f, NULL);
+        finish();
+    }
+    std::vector<float> masters() const {
+        std::vector<float> x(param_elements(p));
+        optimizer_get_master(x.data(), p, NULL);
+        return x;
+    }
+    std::vector<uint8_t> codes() const { return from_device<uint8_t>(p->weight, param_elements(p)); }
+    std::vector<float> descales() const { return from_device<float>(p->block_descales, (size_t)(tall * pitch)); }
+    std::vector<float> turned() const { return from_device<float>(p->turned_descales, (size_t)(wide * turned_pitch)); }
+    // Codes and both layouts of the descales are what the masters give
+    void check(const char* when) const {
+        std::vector<float> x = masters(), d = descales(), t = turned();
+        std::vector<uint8_t> got = codes();
+        for (int64_t i = 0; i < tall * pitch; i++) { assert_true(i % pitch < wide || d[(size_t)i] == 1.0f); }
+        for (int64_t i = 0; i < wide * turned_pitch; i++) { assert_true(i % turned_pitch < tall || t[(size_t)i] == 1.0f); }
+        for (int64_t r = 0; r < tall; r++) {
+            for (int64_t c = 0; c < wide; c++) {
+                float descale = d[(size_t)(r * pitch + c)], top = 0.0f;
+                assert_true(t[(size_t)(c * turned_pitch + r)] == descale);
+                for (int64_t i = 128 * r; i < min_of(128 * r + 128, p->rows); i++) {
+                    for (int64_t k = 128 * c; k < min_of(128 * c + 128, p->cols); k++) {
+                        float v = x[(size_t)(i * p->cols + k)];
+                        e4m3 want;
+                        from_float(want, v / descale);
+                        uint8_t code = got[(size_t)(i * p->cols + k)];
+                        if (code != want.bits) { fail_msg("%s: (%d, %d) is 0x%x, not 0x%x", when, (int)i, (int)k, code, want.bits); }
+                        top = max_of(top, fabsf(v));
+                    }
+                }
+                bool right = top == 0.0f ? descale == 1.0f : top / descale <= 448.0f && top / descale > 224.0f;
+                if (!right) { fail_msg("%s: block (%d, %d) of amax %g has descale %g", when, (int)r, (int)c, (double)top, (double)descale); }
+            }
+        }
+    }
+};
+
+static void blocks_of_weights_have_scales_of_their_own(void**) {
+    const int sizes[][2] = {{1, 1}, {130, 300}, {256, 128}, {3, 257}, {129, 640}, {257, 48}};
+    const struct { DType master; bool by_block; } formats[] = {{FP32, false}, {FP16, false}, {FP16, true}, {BF16, false}};
+    for (auto& size : sizes) {
+        for (auto& f : formats) {
+            BlockModel m(size[0], size[1], f.master, f.by_block);
+            size_t n = param_elements(m.p);
+            std::vector<float> x(n), g(n);
+            for (size_t i = 0; i < n; i++) {  // a block's numbers are of its own size, one block's are zero
+                int64_t r = (int64_t)i / size[1] / 128, c = (int64_t)i % size[1] / 128;
+                x[i] = r == 1 && c == 1 ? 0.0f : (float)(normal() * ldexp(1.0, -3 * (int)r - 2 * (int)c));
+                g[i] = (float)normal();
+            }
+            optimizer_set_master(m.p, x.data(), NULL, NULL);
+            optimizer_cast_weights(&m.o, &m.table, NULL);
+            finish();
+            m.check("set");
+            std::vector<uint8_t> before = m.codes();
+            m.step(g, 1.0);
+            m.check("after a step");
+            std::vector<uint8_t> after = m.codes();
+            std::vector<float> scales = m.descales();
+            assert_true(n < 100 || after != before);
+            m.step(g, NAN);
+            assert_true(m.codes() == after && m.descales() == scales);
+        }
+    }
+}
+
+// Ranks that keep stretches of a matrix find together what one finds; stretches begin at multiples of 128, rows need not
+static void stretches_of_a_matrix_give_the_amaxes_of_its_blocks(void**) {
+    const int64_t sizes[][2] = {{300, 384}, {260, 200}, {150, 48}};
+    for (auto& size : sizes) {
+        size_t n = (size_t)(size[0] * size[1]), blocks = (size_t)(((size[0] + 127) / 128) * ((size[1] + 127) / 128)), cut = round_up(n * 2 / 5, (size_t)128);
+        float* x = (float*)device_alloc(n * sizeof(float));
+        uint32_t *whole = (uint32_t*)device_alloc(blocks * 4), *parts = (uint32_t*)device_alloc(blocks * 4);
+        std::vector<float> values(n);
+        for (float& v : values) { v = (float)normal(); }
+        copy_to_device(x, values.data(), n * sizeof(float), NULL);
+        device_zero(whole, blocks * 4, NULL);
+        device_zero(parts, blocks * 4, NULL);
+        auto find = [&](uint32_t* amaxes, size_t first, size_t count) {
+            StateView view = {FP32, NEAREST, (char*)(x + first), NULL, NULL};
+            run_rows(BlockAmaxes{amaxes, view, WeightBlocks{size[0], size[1], (int64_t)first}, NULL, count}, pieces_of(count), NULL);
+        };
+        find(whole, 0, n);
+        find(parts, 0, cut);
+        find(parts, cut, n - cut);
+        finish();
+        std::vector<uint32_t> want(blocks, 0);
+        for (size_t i = 0; i < n; i++) {
+            size_t b = i / (size_t)size[1] / 128 * (size_t)((size[1] + 127) / 128) + i % (size_t)size[1] / 128;
+            want[b] = max_of(want[b], magnitude_bits(values[i]));
+        }
+        assert_true(from_device<uint32_t>(whole, blocks) == want);
+        assert_true(from_device<uint32_t>(parts, blocks) == want);
+        for (void* p : {(void*)x, (void*)whole, (void*)parts}) { device_free(p); }
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(blocks_of_weights_have_scales_of_their_own),
+        cmocka_unit_test(stretches_of_a_matrix_give_the_amaxes_of_its_blocks),
         cmocka_unit_test(five_steps_match_the_golden_file),
         cmocka_unit_test(updates_match_float64),
         cmocka_unit_test(a_step_writes_the_forward_passs_weights),

@@ -204,6 +204,9 @@ EOT
 --recipe bf16 --fp8-fwd e4m3 | --fp8-fwd*--recipe bf16*
 --recipe bf16 --fp8-bwd e5m2 | --fp8-bwd*--recipe bf16*
 --recipe fp32 --fp8-scaling current | --fp8-scaling*--recipe fp32*
+--recipe bf16 --fp8-scaling block | --fp8-scaling*--recipe bf16*
+--fp8-scaling blocks | --fp8-scaling: 'blocks'*allowed: delayed, current, block*
+--fp8-scaling block --fp8-fwd e5m2 --fp8-bwd e5m2 | --fp8-fwd e5m2*--fp8-bwd e5m2*
 --recipe bf16 --fp8-min-size 1024 | --fp8-min-size*--recipe bf16*
 --recipe bf16 --bf16-layers first:1 | --bf16-layers*--recipe bf16*
 --grad-dtype e4m3 --grad-scaling auto | --grad-scaling*--grad-reduce direct*--grad-reduce ring*
@@ -503,8 +506,8 @@ EOT
 --world 4 | --world*--plan*
 --gpu h100 | --gpu*--plan*
 --no-plan --gpu none | --gpu*--plan*
---tp 2 | --tp 2 × --pp 1 need a multiple of 2 ranks, and there is 1; start as many with mpirun -np
---pp 2 | --tp 1 × --pp 2 need a multiple of 2 ranks, and there is 1; start as many with mpirun -np
+--tp 2 | --tp 2 × --pp 1 need a multiple of 2 ranks, and there is 1; start as many: mpirun -np 2*
+--pp 2 | --tp 1 × --pp 2 need a multiple of 2 ranks, and there is 1; start as many: mpirun -np 2*
 --tp 0 | --tp: '0' is out of range; allowed: 1 to 1024*
 --plan --gpu h300 | --gpu: 'h300' is not known; allowed: h100, h200, b200, a100, l40s, none*
 --plan --world 0 | --world: '0' is out of range; allowed: 1 to 16384*
@@ -519,6 +522,10 @@ EOT
 --plan --gpu a100 --world 4 --recipe fp8-lm | --grad-reduce ring*9.0*--gpu a100 has 8.0*direct*
 --plan --global-batch 100 | --global-batch: 100 tokens are no multiple*
 --plan --init nothing.bin | --init: 'nothing.bin'*
+--plan --world 2 --tp 2 --fp8-scaling block | --fp8-scaling block with --tp 2*take --fp8-scaling current
+--plan --gpu b200 --fp8-scaling block | --fp8-scaling block*9.0*b200 has 10.0*take --fp8-scaling current
+--plan --gpu a100 --fp8-scaling block | --fp8-scaling block*9.0*a100 has 8.0*take --fp8-scaling current
+--plan --micro-batch 16 --seq-len 31 --fp8-scaling block | --fp8-scaling block: --seq-len 31*multiple of 4*
 --plan --recipe bf16 --fp8-scaling current | --fp8-scaling belongs to the recipes fp8*
 --plan --gpu none --staged | --staged is for GPU builds*
 EOT

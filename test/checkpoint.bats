@@ -43,9 +43,11 @@ steps_of() { grep '"loss"' "$1/log.jsonl" | sed 's/.*"step":\([0-9]*\),.*/\1/' |
 # ---- as if it had never stopped ----
 
 @test "each recipe goes on bit for bit, with flags and data from the checkpoint" {
-    local recipe
-    for recipe in fp8 fp8-lm bf16 fp32; do
-        train $recipe.a --recipe $recipe --steps 24 --checkpoint-every 9 --global-batch 256 --skip-grad-z 20
+    local recipe flags
+    for recipe in fp8 fp8-lm bf16 fp32 block; do
+        flags="--recipe $recipe"
+        [ $recipe = block ] && flags="--fp8-scaling block"
+        train $recipe.a $flags --steps 24 --checkpoint-every 9 --global-batch 256 --skip-grad-z 20
         cp -r $recipe.a $recipe.b
         rm -r $recipe.b/step_00000024
         "$TRAIN" --resume --output-dir $recipe.b > $recipe.out
@@ -54,6 +56,22 @@ steps_of() { grep '"loss"' "$1/log.jsonl" | sed 's/.*"step":\([0-9]*\),.*/\1/' |
         [ "$(cat $recipe.b/latest)" = step_00000024 ]
         valid_json $recipe.b/log.jsonl
     done
+}
+
+@test "scaling goes on with another, from tensors to blocks and back" {
+    train a --steps 18 --checkpoint-every 18 --fp8-bwd e4m3 # past the window of delayed scales; dY as narrow in all of them
+    "$TRAIN" --resume --output-dir a --steps 20 --fp8-scaling block > a.out
+    grep -q 'goes on from a/step_00000018, .*; not bit for bit, as this has changed: .*fp8-scaling delayed -> block' a.out
+    run ! grep -aq '"h0.qkvw.weight"' a/step_00000020/rank_00000.safetensors # made from the master
+    cp -r a d
+    "$TRAIN" --resume --output-dir a --steps 22 --fp8-scaling delayed > b.out
+    "$TRAIN" --resume --output-dir d --steps 22 --fp8-scaling current > d.out
+    [ "$(column grad_norm a | sed -n 21p)" = "$(column grad_norm d | sed -n 21p)" ] # scales just in time, as none are remembered
+    grep -q 'fp8-scaling block -> delayed' b.out
+    [ "$(steps_of a)" = "$(seq -s ' ' 1 22) " ]
+    holds 'b < a + 0.1' a="$(column loss a | sed -n 18p)" b="$(last loss a)"
+    "$TRAIN" --init a/step_00000020 --train-data "$data/text.txt" $TINY --steps 1 --output-dir c > c.out # its weights alone
+    holds 'b < a + 0.2' a="$(column loss a | sed -n 20p)" b="$(last loss c)"
 }
 
 @test "ranks go on bit for bit, and a checkpoint is readable by what others have" {
@@ -78,7 +96,7 @@ steps_of() { grep '"loss"' "$1/log.jsonl" | sed 's/.*"step":\([0-9]*\),.*/\1/' |
     have_mpi
     train_on 2 a --steps 2 --checkpoint-every 2 --tp 2
     run -2 "$TRAIN" --resume --output-dir a --steps 3
-    [[ $output == *'--tp 2 × --pp 1 need a multiple of 2 ranks, and there is 1; start as many with mpirun -np, or give other --tp and --pp than the checkpoint has' ]]
+    [[ $output == *'--tp 2 × --pp 1 need a multiple of 2 ranks, and there is 1; start as many: mpirun -np 2 '*', or give other --tp and --pp than the checkpoint has' ]]
     "$TRAIN" --resume --output-dir a --steps 3 --tp 1 > a.out
     grep -q 'goes on from a/step_00000002, step 2, .* tp 2 -> 1, .*ranks 2 -> 1' a.out
 }
@@ -277,15 +295,15 @@ wait_for() {
         "$TRAIN" --train-data "$data/text.txt" $TINY --output-dir a --steps 6 --checkpoint-every 2 > a.out 2> a.err || echo "code $?" >> a.err
     )
     # (said at the next look, which may be at the end)
-    [ "$(grep -c '^train_gpt_fp8: the checkpoint of step [24] could not be saved: File too large; \(training goes on, and \)\?there is none yet$' a.err)" = 2 ]
-    grep -q "^train_gpt_fp8: the checkpoint of step 6 could not be saved: File too large; there is none yet$" a.err
+    [ "$(grep -c '^train_gpt_fp8: the checkpoint of step [24] could not be saved: File too large (ulimit -f limits the size of a file: raise it); \(training goes on, and \)\?there is none yet$' a.err)" = 2 ]
+    grep -q "^train_gpt_fp8: the checkpoint of step 6 could not be saved: File too large (ulimit -f limits the size of a file: raise it); there is none yet$" a.err
     grep -q '^code 1$' a.err # the last save failed
     [ "$(steps_of a)" = "1 2 3 4 5 6 " ]
     [ "$(echo a/*)" = a/log.jsonl ]
     if ! mkdir full || ! mount -t tmpfs -o size=1800k tmpfs full 2> /dev/null; then skip "no tmpfs can be mounted here"; fi
     train full/run --steps 9 --checkpoint-every 3 --keep 0 || echo "code $?" >> full/run.err
     cp full/run.err . && cp -r full/run run && umount full
-    grep -q '^train_gpt_fp8: the checkpoint of step 9 could not be saved: No space left on device; step_00000006 is the newest good one$' run.err
+    grep -q '^train_gpt_fp8: the checkpoint of step 9 could not be saved: No space left on device (df -h shows what is full: make room, or give a folder on another disk); step_00000006 is the newest good one$' run.err
     "$TRAIN" --resume --output-dir run --steps 9 > again.out
     grep -q 'goes on from run/step_00000006' again.out
 }

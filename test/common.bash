@@ -198,7 +198,7 @@ for number, line in enumerate(open(sys.argv[1], encoding="utf-8"), 1):
         gsub(/"([^"\\]|\\.)*"/, "s", text)  # strings away: what is left is punctuation, numbers and three words
         rest = text
         gsub(/true|false|null|s|-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?/, "v", rest)
-        while (gsub(/\{(v:v(,v:v)*)?\}/, "v", rest)) { }
+        while (gsub(/\{(v:v(,v:v)*)?\}/, "v", rest) + gsub(/\[(v(,v)*)?\]/, "v", rest)) { }
         if (rest != "v" || text !~ /^\{/) { print FILENAME ": line " NR " is not a JSON object: " $0; exit 1 }
     }' "$1"
 }

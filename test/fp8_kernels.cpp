@@ -264,6 +264,151 @@ template <class D> static void check_quantisation(Kind kind, int rows, int C, bo
     }
 }
 
+// ---- scales of blocks ----
+
+// The scale that a block has: the largest power of two with which its amax is in range; NaN where it is not finite
+template <class D, class At> static float block_scale_of(int n, At at) {
+    double top = 0.0;
+    for (int i = 0; i < n; i++) {
+        if (!isfinite(at(i))) { return NAN; }
+        top = fmax(top, fabs((double)at(i)));
+    }
+    if (top == 0.0) { return 1.0f; }
+    int e = 126;
+    while (e > -126 && ldexp(top, e) > (double)largest_of(DTypeOf<D>::value)) { e--; }
+    return (float)ldexp(1.0, e);
+}
+
+// Of v (rows, C) the codes and descales along channels and along tokens are what the definition says; `ld`: of the transposed form, 0: it is as the other
+template <class D>
+static void expect_blocks(const D* y, const float* descales, const D* turned, const float* turned_descales, int64_t ld, const bf16* v, int rows, int C, const char* text) {
+    auto value = [&](int r, int c) { return to_float(v[(size_t)r * C + c]); };
+    auto expect = [&](D got, float descale, float scale, int r, int c, const char* along) {
+        D want = encoded<D>(value(r, c) * scale);
+        bool descale_right = isnan(scale) ? isnan(descale) : descale == 1.0f / scale;
+        if (got.bits == want.bits && descale_right) { return; }
+        fail_msg("%s, along %s at (%d, %d): code 0x%x, not 0x%x; descale %g, not %g", text, along, r, c, got.bits, want.bits, (double)descale, 1.0 / (double)scale);
+    };
+    for (int r = 0; y != NULL && r < rows; r++) {
+        for (int b = 0; b < C; b += 128) {
+            float scale = block_scale_of<D>(min_of(128, C - b), [&](int i) { return value(r, b + i); });
+            for (int c = b; c < min_of(b + 128, C); c++) { expect(y[(size_t)r * C + c], descales[(size_t)(b / 128) * rows + r], scale, r, c, "channels"); }
+        }
+    }
+    for (int c = 0; turned != NULL && c < C; c++) {
+        for (int b = 0; b < rows; b += 128) {
+            float scale = block_scale_of<D>(min_of(128, rows - b), [&](int i) { return value(b + i, c); });
+            for (int r = b; r < min_of(b + 128, rows); r++) {
+                expect(ld > 0 ? turned[(size_t)c * ld + r] : turned[(size_t)r * C + c], turned_descales[(size_t)(b / 128) * C + c], scale, r, c, "tokens");
+            }
+        }
+        for (int64_t r = rows; r < ld; r++) { assert_int_equal(turned[(size_t)c * ld + r].bits, 0); }
+    }
+}
+
+static const int block_sizes[][2] = {{1, 1}, {2, 300}, {33, 16}, {127, 129}, {128, 128}, {130, 48}, {260, 257}, {150, 264}};  // (rows, C)
+#ifdef GPU_FORM
+static const bool forms_transposed[] = {false, true};
+#else
+static const bool forms_transposed[] = {false};
+#endif
+
+// Arrays are of the very size, so that what is read or written beyond them shows
+template <class D> static void check_blocks(Kind kind, int rows, int C, bool transposed, bool odd) {
+    DType d = DTypeOf<D>::value;
+    char text[160];
+    snprintf(text, sizeof(text), "blocks of kind %d to %s (%d, %d)%s%s", kind, dtype_names[d], rows, C, transposed ? " transposed" : "", odd ? " with odd blocks" : "");
+    Inputs<bf16> in(rows, C);
+    size_t n = (size_t)rows * C;
+    for (size_t i = 0; odd && i < n; i++) {  // zeros, tiny and huge numbers in some blocks, and one that is not finite
+        int r = (int)(i / C), c = (int)(i % C);
+        if (c < 20 || r == 1) { from_float(in.x[i], 0.0f); }
+        else if (r % 7 == 3) { in.x[i].bits = (uint16_t)(in.x[i].bits & 0x807f); }  // subnormal
+        else if (r % 7 == 5) { from_float(in.x[i], to_float(in.x[i]) * 1e36f); }
+    }
+    if (odd && n > 200) { in.x[n / 2].bits = 0x7f80; in.x[n - 1].bits = 0xffc0; }
+    int64_t ld = transposed ? round_up(rows, 16) : 0;
+    Array<bf16> v(n);
+    Array<D> y(n), turned(transposed ? (size_t)ld * C : n);
+    Array<float> descales((size_t)ceil_div(C, 128) * rows), turned_descales((size_t)ceil_div(rows, 128) * C), partial((size_t)strips_of(rows) * C);
+    Tensor all = {y, d, descales, turned, ld, true, turned_descales};
+    if (kind == TENSOR) { memcpy((void*)v.p, in.x.p, n * sizeof(bf16)); }
+    else { produce_kind(kind, Tensor{v, BF16, NULL}, NULL, in, Quantisation{}, NULL); }
+    produce_kind(kind, all, odd ? NULL : partial.p, in, Quantisation{}, NULL);
+    expect_blocks(y.p, descales.p, turned.p, turned_descales.p, ld, v.p, rows, C, text);
+    if (!odd) { check_column_sums(v.p, partial, rows, C, text); }
+    // one of the two alone
+    Array<D> first(n), second(turned.n);
+    Array<float> first_descales(descales.n), second_descales(turned_descales.n);
+    produce_kind(kind, Tensor{first, d, first_descales, NULL, ld, true, NULL}, NULL, in, Quantisation{}, NULL);
+    produce_kind(kind, Tensor{NULL, d, NULL, second, ld, true, second_descales}, NULL, in, Quantisation{}, NULL);
+    assert_memory_equal(first.p, y.p, n);
+    assert_memory_equal(second.p, turned.p, turned.n);
+    assert_memory_equal(first_descales.p, descales.p, descales.n * sizeof(float));
+    assert_memory_equal(second_descales.p, turned_descales.p, turned_descales.n * sizeof(float));
+}
+
+static void codes_and_scales_of_blocks_are_exact(void**) {
+    for (auto& size : block_sizes) {
+        for (bool transposed : forms_transposed) {
+            for (int kind = 0; kind < KINDS; kind++) { check_blocks<e4m3>((Kind)kind, size[0], size[1], transposed, false); }
+            check_blocks<e4m3>(TENSOR, size[0], size[1], transposed, true);
+            check_blocks<e5m2>(GELU_GRAD, size[0], size[1], transposed, false);
+            check_blocks<e5m2>(TENSOR, size[0], size[1], transposed, true);
+        }
+    }
+}
+
+// The LayerNorm's output in blocks is that of the bare kernel, and what backward makes again is the same
+static void layernorm_in_blocks_is_the_same_fused_and_recomputed(void**) {
+    for (auto& size : block_sizes) {
+        int rows = size[0], C = size[1];
+        size_t n = (size_t)rows * C;
+        Inputs<bf16> in(rows, C);
+        Array<bf16> v(n), raw(n), sum(n);
+        Array<e4m3> y(n), turned(n), again(n);
+        Array<float> descales((size_t)ceil_div(C, 128) * rows), turned_descales((size_t)ceil_div(rows, 128) * C), again_descales(turned_descales.n);
+        LayerNormInputs l = {sum, in.x, in.dy, in.gain, in.bias, in.mean, in.rstd};
+        layernorm_forward(Tensor{v, BF16, NULL}, l, BF16, Quantisation{}, NULL, rows, C, NULL);
+        layernorm_forward(Tensor{y, E4M3, descales, turned, 0, true, turned_descales}, l, BF16, Quantisation{}, raw, rows, C, NULL);
+        finish();
+        expect_blocks(y.p, descales.p, turned.p, turned_descales.p, 0, v.p, rows, C, "layernorm in blocks");
+        memcpy((void*)in.x.p, sum.p, n * sizeof(bf16));
+        produce_kind(NORM, Tensor{NULL, E4M3, NULL, again, 0, true, again_descales}, NULL, in, Quantisation{}, NULL);
+        assert_memory_equal(again.p, turned.p, n);
+        assert_memory_equal(again_descales.p, turned_descales.p, turned_descales.n * sizeof(float));
+    }
+}
+
+// A few outliers cost a tensor with one scale its small numbers, and with blocks only their own block's. Signal to noise in dB
+static void blocks_keep_what_outliers_cost_a_tensor(void**) {
+    const int rows = 256, C = 512;
+    Inputs<bf16> in(rows, C);
+    fill_normal(in.x, 0.0, 1.0);
+    double signal = 0.0, noise[3] = {};
+    for (int i = 0; i < 4; i++) { from_float(in.x[(size_t)i * 64 * C + 37 + 128 * i], 60000.0f); }
+    Array<e4m3> one((size_t)rows * C), y(one.n), turned(one.n);
+    Array<float> slot(4), descales((size_t)ceil_div(C, 128) * rows), turned_descales((size_t)ceil_div(rows, 128) * C);
+    slot.fill(1.0f);
+    SiteArrays s;
+    produce_kind(TENSOR, Tensor{one, E4M3, slot}, NULL, in, Quantisation{&s.sites, SITE, true, false, false, NULL}, NULL);
+    produce_kind(TENSOR, Tensor{y, E4M3, descales, turned, 0, true, turned_descales}, NULL, in, Quantisation{}, NULL);
+    for (int r = 0; r < rows; r++) {
+        for (int c = 0; c < C; c++) {
+            size_t i = (size_t)r * C + c;
+            double x = (double)to_float(in.x[i]);
+            if (fabs(x) > 1000.0) { continue; }
+            const double got[] = {(double)to_float(one[i]) * (double)slot[0], (double)to_float(y[i]) * (double)descales[(size_t)(c / 128) * rows + r],
+                                  (double)to_float(turned[i]) * (double)turned_descales[(size_t)(r / 128) * C + c]};
+            signal += x * x;
+            for (int k = 0; k < 3; k++) { noise[k] += (got[k] - x) * (got[k] - x); }
+        }
+    }
+    double db[3];
+    for (int k = 0; k < 3; k++) { db[k] = 10.0 * log10(signal / noise[k]); }
+    if (!(db[0] < 20.0 && db[1] > db[0] + 8.0 && db[2] > db[0] + 8.0)) { fail_msg("tensor %.1f dB, by channels %.1f, by tokens %.1f", db[0], db[1], db[2]); }
+}
+
 static void codes_scales_and_amaxes_are_exact(void**) {
     for (int rows : rows_list) {
         for (int C : width_list) {
@@ -1226,7 +1371,8 @@ int main(int argc, char** argv) {
         cmocka_unit_test(sources_match_float64_in_bf16),
         cmocka_unit_test(gelu_of_extreme_numbers),
         cmocka_unit_test(gelu_is_as_defined_and_its_slope_is_its_derivative),
-        cmocka_unit_test(codes_scales_and_amaxes_are_exact),
+        cmocka_unit_test(codes_scales_and_amaxes_are_exact), cmocka_unit_test(codes_and_scales_of_blocks_are_exact),
+        cmocka_unit_test(layernorm_in_blocks_is_the_same_fused_and_recomputed), cmocka_unit_test(blocks_keep_what_outliers_cost_a_tensor),
         cmocka_unit_test(the_amax_is_the_maximum_over_micro_batches),
         cmocka_unit_test(nan_and_inf_are_not_lost),
         cmocka_unit_test(one_rank_keeps_its_scale), cmocka_unit_test(two_ranks_share_a_scale), cmocka_unit_test(three_ranks_share_a_scale),

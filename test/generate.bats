@@ -78,6 +78,7 @@ texts() { awk '/^(step|sample) / { inside = / \| sample of/ } inside' "$1.out"; 
     done <<'FLAGS'
 --recipe fp8
 --recipe fp8 --fp8-scaling current --recompute 2
+--recipe fp8 --fp8-scaling block
 --recipe fp8 --recompute 0 --bf16-layers first:1
 --recipe bf16 --position learned
 --recipe fp32 --tie-embeddings no --heads 1

@@ -337,9 +337,9 @@ static void a_full_disk_is_said_once(void**) {
             log_close(&log);
             _exit(0);
         });
-        char line[256];
-        snprintf(line, sizeof(line), "train_gpt_fp8: cannot write to %s/full/log.jsonl: No space left on device; the run goes on, and "
-                                     "lines are missing from this log\n", folder);
+        char line[512];
+        snprintf(line, sizeof(line), "train_gpt_fp8: cannot write to %s/full/log.jsonl: No space left on device (df -h shows what is full: make room, or give a "
+                                     "folder on another disk); the run goes on, and lines are missing from this log\n", folder);
         assert_string_equal(ending.err, line);
         assert_int_equal(ending.status, 0);
     }
@@ -583,7 +583,7 @@ template <class Body>
 static const char* on_terminal(int columns, Body body) {
     static char bytes[65536];
     int master = posix_openpt(O_RDWR | O_NOCTTY);
-    assert_true(master >= 0);
+    if (master < 0) { skip(); }  // as in a chroot without /dev/pts
     assert_int_equal(grantpt(master), 0);
     assert_int_equal(unlockpt(master), 0);
     int slave = open(ptsname(master), O_RDWR | O_NOCTTY);

@@ -41,6 +41,7 @@ struct Case {
     int gap;                // elements added to each leading dimension and to each batch stride
     float a_descale, b_descale;
     int no_gap = 0;         // bits: of A's, B's, D's leading dimension (1, 2, 4), of A's, B's, D's batch stride (8, 16, 32)
+    OperandScale a_scaling = SCALE_TENSOR, b_scaling = SCALE_TENSOR;  // by block: descales around a_descale and b_descale
 };
 
 struct Setup {
@@ -59,6 +60,22 @@ static float* one_float(float x) {
     float* p = (float*)device_alloc(16);
     *p = x;
     return p;
+}
+
+// Where the descale of element (outer, k) is, of an operand scaled by block, and how many there are
+static size_t descale_index(OperandScale s, int outer, int k, int outers, int ks) {
+    int blocks = (ks + 127) / 128;
+    return s == SCALE_VEC128 ? (size_t)(k / 128) * outers + outer : (size_t)(outer / 128) * ((blocks + 3) / 4 * 4) + k / 128;
+}
+// One of 1/2, 1 and 2 times `around` a block; NaN where there is none
+static float* block_descales(OperandScale s, int outers, int ks, float around, Random* random) {
+    size_t n = s == SCALE_VEC128 ? (size_t)((ks + 127) / 128) * outers : (size_t)((outers + 127) / 128) * (((ks + 127) / 128 + 3) / 4 * 4);
+    float* d = (float*)device_alloc(n * sizeof(float));
+    for (size_t i = 0; i < n; i++) { d[i] = NAN; }
+    for (int o = 0; o < outers; o += s == SCALE_VEC128 ? 1 : 128) {
+        for (int k = 0; k < ks; k += 128) { d[descale_index(s, o, k, outers, ks)] = around * 0.5f * (float)(1 << next_random(random) % 3); }
+    }
+    return d;
 }
 
 // values(random, which): an element of A (0), B (1), bias (2), D (3)
@@ -102,6 +119,12 @@ template <class Values> static Setup set_up(const Case& s, Random* random, Value
     c.a.data = a; c.b.data = b;
     c.a.descale = is_fp8(s.a) ? one_float(s.a_descale) : NULL;
     c.b.descale = is_fp8(s.b) && s.b_descale != 1.0f ? one_float(s.b_descale) : NULL;  // NULL means 1
+    c.a.scaling = s.a_scaling; c.b.scaling = s.b_scaling;
+    if (s.a_scaling != SCALE_TENSOR) {
+        device_free((void*)c.a.descale); device_free((void*)c.b.descale);
+        c.a.descale = block_descales(s.a_scaling, s.m, s.k, s.a_descale, random);
+        c.b.descale = block_descales(s.b_scaling, s.n, s.k, s.b_descale, random);
+    }
     if (s.bias > 0) {
         c.bias_dtype = (DType)(s.bias - 1);
         void* bias = device_alloc((size_t)max_of(s.n, 1) * 4);
@@ -152,12 +175,14 @@ static void check(const Case& s, const Setup& r, double units) {
     for (int l = 0; l < s.batch; l++) {
         for (int i = 0; i < s.m; i++) {
             for (int x = 0; x < s.k; x++) {
-                a[(size_t)i * s.k + x] = (double)decode_at(c->a.data, s.a, (size_t)index_of(&c->a, l, i, x)) * s.a_descale;
+                double descale = s.a_scaling == SCALE_TENSOR ? s.a_descale : c->a.descale[descale_index(s.a_scaling, i, x, s.m, s.k)];
+                a[(size_t)i * s.k + x] = (double)decode_at(c->a.data, s.a, (size_t)index_of(&c->a, l, i, x)) * descale;
             }
         }
         for (int x = 0; x < s.k; x++) {
             for (int j = 0; j < s.n; j++) {
-                b[(size_t)x * s.n + j] = (double)decode_at(c->b.data, s.b, (size_t)index_of(&c->b, l, x, j)) * s.b_descale;
+                double descale = s.b_scaling == SCALE_TENSOR ? s.b_descale : c->b.descale[descale_index(s.b_scaling, j, x, s.n, s.k)];
+                b[(size_t)x * s.n + j] = (double)decode_at(c->b.data, s.b, (size_t)index_of(&c->b, l, x, j)) * descale;
             }
         }
         for (int i = 0; i < s.m; i++) {
@@ -252,6 +277,54 @@ static void options_combine(void**) {
     matmul_destroy(&mm);
 }
 
+// Operands scaled by block: integers times 1/2, 1 or 2 are added exactly too, in every layout; last blocks are short. Scales far from 1 cancel.
+static void sums_of_blocks_are_exact(void**) {
+    Matmul mm;
+    matmul_create(&mm);
+    Random random = {12};
+    const OperandScale scalings[][2] = {{SCALE_VEC128, SCALE_VEC128}, {SCALE_VEC128, SCALE_BLK128}, {SCALE_BLK128, SCALE_VEC128}};
+    const DType types[][2] = {{E4M3, E4M3}, {E5M2, E4M3}, {E4M3, E5M2}};
+    const int sizes[][3] = {{1, 1, 1}, {3, 130, 127}, {129, 17, 128}, {33, 257, 129}, {128, 128, 256}, {150, 140, 300}};
+    int variant = 0;
+    for (auto& size : sizes) {
+        for (auto& scaling : scalings) {
+            for (auto& type : types) {
+                for (int t = 0; t < 4; t++) {
+                    for (int d = 0; d < 3; d++) {  // FP32, FP32 +=, BF16
+                        variant++;
+                        float far = variant % 5 == 0 ? 0x1p110f : 1.0f;
+                        Case s = {size[0], size[1], size[2], 1, type[0], type[1], d < 2 ? FP32 : BF16, (t & 1) != 0, (t & 2) != 0, d == 1,
+                                  variant % 4 == 1 ? 1 + FP32 : variant % 4 == 2 ? 1 + BF16 : 0, variant % 3 == 0 ? 5 : 0, far, 1.0f / far, 0, scaling[0], scaling[1]};
+                        run_case(&mm, s, &random, true);
+                    }
+                }
+            }
+        }
+    }
+    matmul_destroy(&mm);
+}
+
+// A block that is not finite has a descale of NaN: it reaches the rows or columns that the block enters, and no other
+static void a_block_that_is_not_finite_spoils_what_it_enters(void**) {
+    Matmul mm;
+    matmul_create(&mm);
+    Random random = {13};
+    for (int t = 0; t < 4; t++) {
+        for (bool of_b : {false, true}) {
+            Case s = {200, 270, 300, 1, E4M3, E4M3, FP32, (t & 1) != 0, (t & 2) != 0, false, 0, 0, 1.0f, 1.0f, 0, SCALE_VEC128, SCALE_BLK128};
+            Setup r = set_up(s, &random, small_integer);
+            if (of_b) { ((float*)r.call.b.descale)[descale_index(SCALE_BLK128, 130, 290, 270, 300)] = NAN; }
+            else { ((float*)r.call.a.descale)[descale_index(SCALE_VEC128, 7, 290, 200, 300)] = NAN; }
+            multiply(&mm, &r.call);
+            for (int i = 0; i < s.m; i++) {
+                for (int j = 0; j < s.n; j++) { assert_int_equal(isnan(((float*)r.call.d)[(size_t)i * s.n + j]) != 0, of_b ? j / 128 == 1 : i == 7); }
+            }
+            tear_down(&r);
+        }
+    }
+    matmul_destroy(&mm);
+}
+
 static void random_sums_keep_the_bound(void**) {
     Matmul mm;
     matmul_create(&mm);
@@ -296,6 +369,13 @@ static void one_difference_is_another_shape(void**) {
         cases.push_back(base); cases.back().a = cases.back().b = FP32;
     }
     cases.push_back(cases.back()); cases.back().batch = 3;
+    Case fp8 = {24, 24, 24, 1, E4M3, E4M3, FP32, false, false, false, 0, 8, 1.0f, 1.0f};
+    for (int scaling = 0; scaling < 4; scaling++) {
+        cases.push_back(fp8);
+        if (scaling == 0) { continue; }
+        cases.back().a_scaling = scaling == 3 ? SCALE_BLK128 : SCALE_VEC128;
+        cases.back().b_scaling = scaling == 2 ? SCALE_BLK128 : SCALE_VEC128;
+    }
     for (int run = 0; run < 2; run++) {
         for (const Case& s : cases) { run_case(&mm, s, &random, true); }
     }
@@ -533,6 +613,23 @@ static void what_cannot_be_is_refused(void**) {
     assert_refused(c, "a batch needs positive strides");
     c = plain_call(16, 32, 48, BF16, BF16, BF16); c.a.batch_stride = 1;
     assert_refused(c, "a single matrix has no batch stride");
+    c = plain_call(16, 32, 48, BF16, E4M3, BF16); c.a.scaling = SCALE_VEC128;
+    assert_refused(c, "only FP8 operands are scaled by block");
+    c = plain_call(16, 32, 48, E4M3, E4M3, BF16); c.b.scaling = SCALE_BLK128;
+    assert_refused(c, "both operands are scaled by block, or none");
+    c.a.scaling = SCALE_BLK128;
+    assert_refused(c, "128 x 128 blocks times 128 x 128 blocks");
+    c.a.scaling = SCALE_VEC128; c.batch = 2; c.a.batch_stride = c.b.batch_stride = c.d_batch_stride = 4096;
+    assert_refused(c, "come in no batches");
+    c = plain_call(16, 32, 48, E4M3, E4M3, BF16); c.a.scaling = c.b.scaling = SCALE_VEC128;
+    char words[1024], d[16 * 32 * 2];
+    c.d = d; c.a.data = c.b.data = d;
+    assert_int_equal(dies([&] {
+        Matmul mm;
+        matmul_create(&mm);
+        matmul(&mm, &c, NULL);
+    }, words, sizeof(words)), 1);
+    assert_non_null(strstr(words, "the descales of blocks are NULL"));
 }
 
 static void more_workspace_than_planned_is_refused(void**) {
@@ -840,6 +937,12 @@ static void what_gpus_do_not_take_is_refused(void**) {
     c = transposed_call(true, true, 32, 80, 112, E4M3, E4M3, BF16); c.a.data = (const void*)8;
     p = matmul_gpu_plan(&c, 90);
     assert_true(gpu_pointers_aligned(&c, &p));          // A is copied
+    c = transposed_call(false, true, 32, 80, 112, E4M3, E4M3, BF16); c.a.scaling = SCALE_VEC128; c.b.scaling = SCALE_BLK128;
+    assert_null(matmul_gpu_objection(&c, 90));
+    for (int capability : {89, 100, 120}) { assert_non_null(strstr(matmul_gpu_objection(&c, capability), "9.0 alone")); }
+    assert_null(matmul_gpu_objection(&c, 80));          // they are decoded
+    c.m = 30;
+    assert_non_null(strstr(matmul_gpu_objection(&c, 90), "multiple of 4"));
     c = transposed_call(false, true, 32, 80, 112, BF16, BF16, FP32); c.a.ld = (int64_t)1 << 31; c.m = 1;
     assert_non_null(strstr(matmul_gpu_objection(&c, 90), "2 GiB"));
 }
@@ -913,7 +1016,8 @@ int main(int count, char** words) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(integer_sums_are_exact),
         cmocka_unit_test(options_combine),
-        cmocka_unit_test(random_sums_keep_the_bound),
+        cmocka_unit_test(random_sums_keep_the_bound), cmocka_unit_test(sums_of_blocks_are_exact),
+        cmocka_unit_test(a_block_that_is_not_finite_spoils_what_it_enters),
         cmocka_unit_test(one_difference_is_another_shape),
         cmocka_unit_test(heads_within_rows_are_a_batch),
         cmocka_unit_test(every_e4m3_code_is_exact),
@@ -936,7 +1040,7 @@ int main(int count, char** words) {
     const struct CMUnitTest without_bf16[] = {
         cmocka_unit_test(bf16_is_hidden),
         cmocka_unit_test(options_combine),
-        cmocka_unit_test(random_sums_keep_the_bound),
+        cmocka_unit_test(random_sums_keep_the_bound), cmocka_unit_test(sums_of_blocks_are_exact),
         cmocka_unit_test(heads_within_rows_are_a_batch),
         cmocka_unit_test(every_e4m3_code_is_exact),
         cmocka_unit_test(every_e5m2_code_is_exact),

@@ -52,7 +52,7 @@ static void each_field_makes_another_shape(void**) {
         if (!seen.insert(choice_shape(&x)).second) { fail_msg("%s is two shapes", choice_shape(&x).c_str()); }
     };
     expect_new(s);
-    for (int i = 0; i < 19; i++) {
+    for (int i = 0; i < 21; i++) {
         MatmulShape x = s;
         int* sizes[] = {&x.m, &x.n, &x.k, &x.batch};
         int64_t* strides[] = {&x.a_ld, &x.b_ld, &x.d_ld, &x.a_stride, &x.b_stride, &x.d_stride};
@@ -61,12 +61,18 @@ static void each_field_makes_another_shape(void**) {
         if (i < 4) { *sizes[i] += 16; }
         else if (i < 10) { *strides[i - 4] += 16; }
         else if (i < 16) { *flags[i - 10] = !*flags[i - 10]; }
-        else { *types[i - 16] = E5M2; }
+        else if (i < 19) { *types[i - 16] = E5M2; }
+        else { *(i == 19 ? &x.a_scaling : &x.b_scaling) = SCALE_VEC128; }
         expect_new(x);
     }
     s.bias = true;
     s.bias_dtype = BF16;
     expect_new(s);
+    MatmulShape blocks = s;
+    blocks.a_scaling = SCALE_VEC128;
+    blocks.b_scaling = SCALE_BLK128;
+    expect_new(blocks);
+    assert_string_equal(choice_shape(&blocks).c_str(), "4096,2304,768,1;768,768,2304;0,0,0;e4m3v,e4m3bT,bf16,bf16");
     assert_string_equal(choice_shape(&s).c_str(), "4096,2304,768,1;768,768,2304;0,0,0;e4m3,e4m3T,bf16,bf16");
     s.a_ld = s.b_ld = s.d_ld = s.a_stride = s.b_stride = s.d_stride = INT64_MIN;  // the longest
     s.m = s.n = s.k = s.batch = INT_MIN;
@@ -463,6 +469,70 @@ static void all_algorithms_give_the_product(void**) {
     matmul_destroy(&mm);
 }
 
+// The library's products of operands scaled by block are those of the same operands decoded, forward, of dX and of dW; blocks at the ends are short
+static void products_of_blocks_are_those_of_decoded_operands(void**) {
+    if (!device_is_gpu) { skip(); }
+    Matmul mm;
+    matmul_create(&mm);
+    if (mm.capability != 90) { matmul_destroy(&mm); skip(); }
+    std::vector<MatmulShape> shapes = training_shapes(656, 400, 1008);
+    shapes.resize(4);
+    for (MatmulShape& s : shapes) {
+        s.a_dtype = E4M3;
+        s.a_scaling = SCALE_VEC128;
+        s.b_scaling = s.a_transposed ? SCALE_VEC128 : SCALE_BLK128;
+    }
+    shapes.push_back(shapes[1]);
+    shapes.back().a_dtype = E5M2;
+    plan_shapes(&mm, shapes);
+    matmul_choose(&mm, 10.0, NULL);
+    for (const MatmulShape& s : shapes) {
+        size_t a_bytes = a_bytes_of(&s), b_bytes = b_bytes_of(&s), d_bytes = d_bytes_of(&s);
+        size_t scales[] = {operand_scales((OperandScale)s.a_scaling, s.m, s.k), operand_scales((OperandScale)s.b_scaling, s.n, s.k)};
+        void *a = device_alloc(a_bytes), *b = device_alloc(b_bytes), *d[] = {device_alloc(d_bytes), device_alloc(d_bytes)};
+        void* wide[] = {device_alloc(2 * a_bytes), device_alloc(2 * b_bytes)};  // decoded
+        void* bias = device_alloc((size_t)s.n * 2);
+        fill_operand(a, a_bytes, (DType)s.a_dtype, 0, NULL);
+        fill_operand(b, b_bytes, (DType)s.b_dtype, 1, NULL);
+        fill_operand(bias, (size_t)s.n * 2, BF16, 2, NULL);
+        float* descales[2];
+        for (int i = 0; i < 2; i++) {
+            std::vector<float> values(scales[i]);
+            for (size_t k = 0; k < values.size(); k++) { values[k] = exp2_int((int)(mix64(k + 1000 * (size_t)i) % 9) - 4); }
+            descales[i] = (float*)device_alloc(values.size() * sizeof(float));
+            copy_to_device(descales[i], values.data(), values.size() * sizeof(float), NULL);
+            stream_sync(NULL);
+        }
+        MatmulCall c = matmul_shape_call(&s, d[0], a, b, bias, NULL), bare = c;
+        c.a.descale = descales[0];
+        c.b.descale = descales[1];
+        convert_operand((bf16*)wide[0], c.a.ld, &c.a, s.a_transposed ? s.k : s.m, s.a_transposed ? s.m : s.k, 1, !s.a_transposed, NULL);
+        convert_operand((bf16*)wide[1], c.b.ld, &c.b, s.b_transposed ? s.n : s.k, s.b_transposed ? s.k : s.n, 1, s.b_transposed, NULL);
+        bare.d = d[1];
+        bare.a = Operand{wide[0], BF16, NULL, c.a.ld, 0, c.a.transposed};
+        bare.b = Operand{wide[1], BF16, NULL, c.b.ld, 0, c.b.transposed};
+        matmul_plan(&mm, &bare);
+        void* workspace = device_alloc(mm.planned);
+        matmul_set_workspace(&mm, workspace, mm.planned);
+        std::vector<char> got[2];
+        for (int i = 0; i < 2; i++) {
+            device_zero(d[i], d_bytes, NULL);
+            matmul(&mm, i == 0 ? &c : &bare, NULL);
+            got[i].resize(d_bytes);
+            copy_to_host(got[i].data(), d[i], d_bytes, NULL);
+        }
+        double off = 0.0, size = 0.0;
+        for (size_t k = 0; k < (size_t)s.m * (size_t)s.n; k++) {
+            auto value = [&](int i) { return s.d_dtype == FP32 ? (double)((const float*)got[i].data())[k] : (double)to_float(((const bf16*)got[i].data())[k]); };
+            off += (value(0) - value(1)) * (value(0) - value(1));
+            size += value(1) * value(1);
+        }
+        if (!(size > 0.0) || !(sqrt(off / size) < 0.004)) { fail_msg("%s is off by %g", choice_shape(&s).c_str(), sqrt(off / size)); }
+        for (void* p : {a, b, d[0], d[1], wide[0], wide[1], bias, (void*)descales[0], (void*)descales[1], workspace}) { device_free(p); }
+    }
+    matmul_destroy(&mm);
+}
+
 // A line whose checksum is right, of an algorithm that the library does not know
 static void an_algorithm_that_is_refused_is_forgotten(void**) {
     if (!device_is_gpu) { skip(); }
@@ -489,6 +559,7 @@ int main(void) {
         cmocka_unit_test(files_gain_lines_and_keep_their_own), cmocka_unit_test(files_that_cannot_be_written_are_told),
         cmocka_unit_test(where_there_is_no_choice_nothing_happens), cmocka_unit_test(a_shapes_call_is_of_that_shape),
         cmocka_unit_test(operands_are_random_numbers), cmocka_unit_test(choices_are_made_once), cmocka_unit_test(out_of_time_the_librarys_first_is_taken),
-        cmocka_unit_test(all_algorithms_give_the_product), cmocka_unit_test(an_algorithm_that_is_refused_is_forgotten)};
+        cmocka_unit_test(all_algorithms_give_the_product), cmocka_unit_test(products_of_blocks_are_those_of_decoded_operands),
+        cmocka_unit_test(an_algorithm_that_is_refused_is_forgotten)};
     return cmocka_run_group_tests_name("matmul_choice", tests, make_folder, remove_folder);
 }

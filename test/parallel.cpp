@@ -572,7 +572,8 @@ static void check_narrow(Group* world) {
             int every = t->layout.dp > 1 ? (world->size > 4 ? 67 : 37) : (world->size > 4 ? 17 : 7);  // no multiple of 2 or 3: all kinds have their turn
             if (!soak() && (i + 5 * number) % every != 0) { continue; }
             GptConfig c = config_of(world->size, kind, tied, taken++ % 2 == 0);
-            c.scaling = current ? SCALING_CURRENT : SCALING_DELAYED;
+            bool blocks = kind == KIND_FP8 && t->layout.tp == 1 && current == (taken % 2 == 0);
+            c.scaling = blocks ? SCALING_BLOCK : current ? SCALING_CURRENT : SCALING_DELAYED;
             c.recompute = recompute;
             c.reduction.zero = zeros[zero];
             if (kind != KIND_BF16 && taken % 4 == 0) { c.bf16_layers.first = 1; }
@@ -581,7 +582,7 @@ static void check_narrow(Group* world) {
             s.masked = taken % 3 == 1;
             s.name += tied ? ", tied" : ", untied";
             if (s.masked) { s.name += ", some count"; }
-            if (kind != KIND_BF16) { s.name += current ? ", current" : ", delayed"; }
+            if (kind != KIND_BF16) { s.name += blocks ? ", blocks" : current ? ", current" : ", delayed"; }
             s.name += ", recompute " + std::to_string(recompute) + zero_names[zero];
             if (c.fp8_min_size > 0) { s.name += ", FP8 from " + std::to_string(c.fp8_min_size) + " on"; }
             check_narrow_in(t, &s);

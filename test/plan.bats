@@ -229,7 +229,7 @@ same_memory() {
 @test "--gpu none plans to the byte what one process takes" {
     export RANKS=1
     recompute=0
-    for flags in "--recipe bf16" "--recipe fp8" "--recipe fp8-lm --fp8-scaling current" "--recipe fp32" \
+    for flags in "--recipe bf16" "--recipe fp8" "--recipe fp8-lm --fp8-scaling current" "--recipe fp32" "--recipe fp8 --fp8-scaling block" \
         "--recipe fp8 --bf16-layers first:1 --opt-block 128 --master-dtype fp16" "--recipe fp8 --fp8-min-size 100"; do
         same_memory --layers 2 --heads 2 --width 64 --seq-len 32 --micro-batch 4 $flags --recompute $((recompute % 3))
         recompute=$((recompute + 1))
@@ -250,6 +250,7 @@ same_memory() {
 2|--recipe fp8 --fp8-min-size 65 --tp 2
 2|--recipe fp8-lm --zero 2
 3|--recipe fp8
+3|--recipe fp8 --fp8-scaling block --zero 2
 3|--recipe fp8-lm
 3|--recipe fp8 --zero 2 --zero-split tensor --global-batch 384
 4|--recipe fp8 --grad-reduce ring

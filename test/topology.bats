@@ -208,7 +208,7 @@ refused() {
 4|--tp: 4 ranks cannot share the 30 tokens of --seq-len alike*|--tp 4 --seq-len 30 --global-batch 240
 2|--width: 66 is not divisible by --heads 4|--tp 2 --width 66
 4|--global-batch: 96 tokens are 3 micro-batches of each replica, and the 4 stages of --pp need as many at least; allowed: multiples of 32 from 128 on|--pp 4 --global-batch 96
-3|--tp 2 × --pp 1 need a multiple of 2 ranks, and there are 3; start as many with mpirun -np|--tp 2
+3|--tp 2 × --pp 1 need a multiple of 2 ranks, and there are 3; start as many: mpirun -np 4 *|--tp 2
 2|--tp 2 × --pp 2 need a multiple of 4 ranks, and there are 2; *|--tp 2 --pp 2
 EOT
     refused 1 "rank 1 was started with tp=1, rank 0 with tp=2; all ranks need the same flags" --tp 2 : -np 1 "$TRAIN" --train-data text.txt $shape --steps 1 --output-dir out || bad=1

@@ -92,6 +92,10 @@ mean_of_last_10() { column "$1" "$2" | tail -n 10 | awk '{ sum += $1 } END { pri
 --bf16-layers first:1
 --bf16-layers last:1 --recompute 2
 --bf16-layers first:1,last:0 --recompute 0
+--fp8-scaling block
+--fp8-scaling block --fp8-bwd e5m2 --recompute 2
+--fp8-scaling block --recompute 0 --recipe fp8-lm --bf16-layers first:1
+--fp8-scaling block --width 48 --heads 3 --seq-len 31 --micro-batch 5
 --fp8-min-size 65
 --fp8-min-size 111 --bf16-layers last:1 --recompute 2
 --fp8-min-size 120 --fp8-scaling current --recompute 0

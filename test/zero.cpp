@@ -62,6 +62,8 @@ static uint64_t hash_weights(Model* m, Group* g) {
         size_t bytes = param_elements(p) * (size_t)dtype_bytes(p->dtype);
         h = hash_bytes(h, from_device<char>(p->weight, bytes).data(), bytes);
         if (p->slot != NULL) { h = hash_bytes(h, from_device<char>(p->slot, 8).data(), 8); }
+        size_t descales = p->block_descales == NULL ? 0 : (size_t)(ceil_div(p->rows, (int64_t)SCALE_BLOCK) * block_pitch(p->cols));
+        if (descales > 0) { h = hash_bytes(h, from_device<char>(p->block_descales, 4 * descales).data(), 4 * descales); }
     }
     host_all_gather(g, all, &h, sizeof(h));
     for (int r = 0; r < g->size; r++) { CHECK(all[r] == h, "rank %d has other weights", r); }
@@ -223,7 +225,11 @@ static void check_same(Group* g, const std::vector<Setting>& settings) {
 
 static std::vector<Setting> all_settings(void) {
     std::vector<Setting> list = {setting("fp8", config_of(2, BF16, true)), setting("bf16", config_of(2, BF16, false))};
-    GptConfig c = config_of(3, FP32, false);  // the weights are the masters
+    GptConfig c = config_of(2, BF16, true);
+    c.width = 144;  // blocks of fc's and qkv's rows begin within what another rank keeps
+    c.scaling = SCALING_BLOCK;
+    list.push_back(setting("fp8 by block", c));
+    c = config_of(3, FP32, false);  // the weights are the masters
     c.tied = c.rope = false;                  // and the head has a gradient of its own
     c.positions = 24;
     list.push_back(setting("fp32, head by itself", c));
