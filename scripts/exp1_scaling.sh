@@ -36,7 +36,6 @@ SEED=${SEED:-1}
 RANKS_REAL=${RANKS_REAL-2 4 8}
 RANKS_VIRTUAL=${RANKS_VIRTUAL-16 32 64 128 256}
 OUT=${OUT-runs/exp1}
-MPIRUN=${MPIRUN:-mpirun} # of the MPI that the program was built with
 real_batch=32            # micro-batches of a step of the real runs, or as many as there are ranks
 show_every=20            # steps; the logs hold them all
 
@@ -67,9 +66,9 @@ scripts/setup.sh --demo --check || scripts/setup.sh --demo
 config=$(make -s DEVICE=cpu config)
 value() { sed -n "s/^$1 = //p" <<< "$config"; }
 [[ $(value MPI) == yes* ]] || fail "the build has no MPI (MPI = $(value MPI)): there are no real ranks to measure"
-command -v "$MPIRUN" > /dev/null || fail "there is no $MPIRUN here (package openmpi-bin)"
-make -s --no-print-directory DEVICE=cpu experiments
+mpi
 program=$(value BUILD)/scripts/exp1_scaling
+make -s --no-print-directory DEVICE=cpu "$program"
 
 mkdir -p "$OUT"
 text=demo/text.txt
@@ -80,11 +79,6 @@ cores=$(nproc) # before OMP_NUM_THREADS, which it believes
 # One thread a process: the bits of a gradient depend on their number, and so small a model has no work for two.
 export OMP_NUM_THREADS=1
 export OMP_WAIT_POLICY=passive
-launch=("$MPIRUN")
-if "$MPIRUN" --version 2> /dev/null | grep -q 'Open MPI'; then
-    launch+=(--bind-to none --oversubscribe)
-    [ "$(id -u)" != 0 ] || launch+=(--allow-run-as-root)
-fi
 
 show() { # of the trainer's step lines only some
     local line

@@ -50,19 +50,10 @@ rows="
 128r4|128v4 with stochastic moments|$blocks --v-dtype e4m3 --moment-rounding stochastic
 ours|recipe fp8: v in UE5M3, all stochastic|--grad-accum-dtype e4m3
 "
-for name in STEPS LAYERS HEADS WIDTH SEQ_LEN MICRO_BATCH BUDGET; do
-    [[ ${!name} =~ ^[1-9][0-9]{0,6}$ ]] || fail "$name: '${!name}' is not a whole number above 0"
-done
-for seed in $SEEDS; do
-    [[ $seed =~ ^[0-9]{1,9}$ ]] || fail "SEEDS: '$seed' is not a whole number"
-done
-[[ $SEEDS =~ [0-9] ]] || fail "SEEDS is empty"
+above_zero STEPS LAYERS HEADS WIDTH SEQ_LEN MICRO_BATCH BUDGET
+the_seeds
 [ -n "$OUT" ] || fail "OUT is empty"
-known=$(awk -F '|' 'NF { print $1 }' <<< "$rows")
-ROWS=${ROWS:-$known}
-for name in $ROWS; do
-    grep -qxF -- "$name" <<< "$known" || fail "ROWS: '$name' is not known; allowed: ${known//$'\n'/ }"
-done
+the_rows
 
 scripts/setup.sh --demo --check || scripts/setup.sh --demo
 make -s --no-print-directory DEVICE=cpu binary
@@ -82,7 +73,7 @@ for seed in $SEEDS; do
             cut+=("$name, seed $seed")
             continue
         fi
-        read -ra flags <<< "$(awk -F '|' -v name="$name" '$1 == name { print $3 }' <<< "$rows")"
+        read -ra flags <<< "$(flags_of "$name")"
         began=$SECONDS dir=$OUT/${name//\#/n}-$seed
         rm -rf "$dir"
         status=0
@@ -91,39 +82,19 @@ for seed in $SEEDS; do
             "${flags[@]}" > "$dir.txt" 2>&1 || status=$?
         # 1: the model no longer trains, which is a result too
         ((status <= 1)) || { tail -n 1 "$dir.txt" >&2 && fail "row $name, seed $seed: status $status"; }
-        awk -v row="$name" -v seed="$seed" '
-            { gsub(/[ \t]/, "") }
-            /"loss":/ && match($0, /"loss":[^,]*/) {
-                loss[++n] = substr($0, RSTART + 7, RLENGTH - 7)
-                if (match($0, /"optimizer":[0-9]+/)) { bytes = substr($0, RSTART + 12, RLENGTH - 12) }
-                skipped += !/"skipped":null/
-            }
-            END {
-                for (i = n > 20 ? n - 19 : 1; i <= n; i++) { if (loss[i] == "null") { bad = 1 }; sum += loss[i]; k++ }
-                printf "%s,%s,%s,%d,%s,%d\n", row, seed, bad || !k ? "nan" : sprintf("%.6f", sum / k), n, bytes, skipped
-            }' "$dir/log.jsonl" | tee -a "$csv"
+        echo "$name,$seed,$(losses "$dir/log.jsonl")" | tee -a "$csv"
         ((SECONDS - began <= longest)) || longest=$((SECONDS - began))
     done
 done
 
-awk -F '|' -v csv="$csv" -v tables="$OUT/table.txt" -v verdicts="$OUT/verdict.txt" '
+awk -F '|' -v csv="$csv" -v tables="$OUT/table.txt" -v verdicts="$OUT/verdict.txt" "$judge"'
     NF { order[++rows] = $1; what[$1] = $2 }
     END {
-        FS = ","
-        while ((getline line < csv) > 0) {
-            split(line, f, ",")
-            if (f[1] == "row") { continue }
-            n[f[1]]++; bytes[f[1]] = f[5]; skips[f[1]] += f[6]
-            if (f[3] == "nan") { lost[f[1]]++; continue }
-            x[f[1], ++k[f[1]]] = f[3]; sum[f[1]] += f[3]
-        }
+        read_losses(csv)
         printf "%-7s %-42s %10s %9s %9s %10s\n", "row", "", "loss", "spread", "vs #0", "MiB" > tables
         for (i = 1; i <= rows; i++) {
             r = order[i]
             if (!n[r]) { continue }
-            if (k[r]) { mean[r] = sum[r] / k[r] }
-            for (j = 1; j <= k[r]; j++) { d = x[r, j] - mean[r]; square[r] += d * d }
-            spread[r] = k[r] > 1 ? sqrt(square[r] / (k[r] - 1)) : 0
             printf "%-7s %-42s %10s %9s %9s %10.2f%s\n", r, what[r], k[r] ? sprintf("%.4f", mean[r]) : "lost", sprintf("%.4f", spread[r]), \
                 k[r] && k["#0"] ? sprintf("%+.2f %%", 100 * (mean[r] / mean["#0"] - 1)) : "-", bytes[r] / 1048576, \
                 lost[r] ? sprintf("  lost %d of %d", lost[r], n[r]) : "" > tables
@@ -135,19 +106,7 @@ awk -F '|' -v csv="$csv" -v tables="$OUT/table.txt" -v verdicts="$OUT/verdict.tx
         equal("128r4", "#2a", "E4M3 v ends there where moments are rounded stochastically")
         fewer("ours", "#2a", "ours ends where #2a does, at fewer bytes")
     }
-    function room(a, b) { return spread[a] + spread[b] }
-    function say(held, claim, a, b) {
-        printf "%s\t%s\t%s %s, %s %s, spreads together %.4f\n", held ? "held" : "NOT held", claim, a, lost[a] ? "lost " lost[a] " of " n[a] : sprintf("%.4f", mean[a]), \
-            b, lost[b] ? "lost " lost[b] " of " n[b] : sprintf("%.4f", mean[b]), room(a, b) > verdicts
-    }
-    function measured(a, b, claim) {
-        if (n[a] && n[b]) { return 1 }
-        printf "not measured\t%s\t\n", claim > verdicts
-        return 0
-    }
-    function equal(a, b, claim) { if (measured(a, b, claim)) { say(!lost[a] && !lost[b] && mean[a] - mean[b] <= room(a, b), claim, a, b) } }
-    function fewer(a, b, claim) { if (measured(a, b, claim)) { say(!lost[a] && !lost[b] && mean[a] - mean[b] <= room(a, b) && bytes[a] < bytes[b], claim, a, b) } }
-    function worse(a, b, claim) { if (measured(a, b, claim)) { say(lost[a] > lost[b] || mean[a] - mean[b] > room(a, b), claim, a, b) } }
+    function fewer(a, b, claim) { if (measured(a, b, claim)) { say(no_higher(a, b) && bytes[a] < bytes[b], claim, a, b) } }
 ' <<< "$rows"
 
 picture="none (gnuplot is not installed: package gnuplot-nox)"
@@ -163,6 +122,5 @@ fi
 printf '\nMean loss of the last 20 of %s steps, %s seeds; bytes of all optimizer states.\n\n' "$STEPS" "$(wc -w <<< "$SEEDS")"
 cat "$OUT/table.txt"
 echo
-awk -F '\t' '{ printf "%-13s %s%s\n", $1 ":", $2, $3 == "" ? "" : "; " $3 }' "$OUT/verdict.txt"
-((${#cut[@]} == 0)) || { printf '\ncut by BUDGET=%s minutes:' "$BUDGET" && printf ' %s;' "${cut[@]}" && echo; }
+show_verdicts "$OUT/verdict.txt"
 printf '\n  rows: %s\n  plot: %s\n  verdicts: %s\n' "$csv" "$picture" "$OUT/verdict.txt"

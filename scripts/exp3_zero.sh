@@ -27,7 +27,7 @@ for n in $RANKS; do
     [[ $n =~ ^[2-9]$|^[1-5][0-9]$|^6[0-4]$ ]] || fail "RANKS: '$n' is not a whole number from 2 to 64"
 done
 [[ $RANKS =~ [0-9] ]] || fail "RANKS is empty"
-[[ $BUDGET =~ ^[1-9][0-9]{0,6}$ ]] || fail "BUDGET: '$BUDGET' is not a whole number above 0"
+above_zero BUDGET
 [ -n "$OUT" ] || fail "OUT is empty"
 
 scripts/setup.sh --check || scripts/setup.sh
@@ -199,6 +199,5 @@ fi
 
 cat "$OUT/table.txt"
 echo
-awk -F '\t' '{ printf "%-13s %s%s\n", $1 ":", $2, $3 == "" ? "" : "; " $3 }' "$OUT/verdict.txt"
-((${#cut[@]} == 0)) || { printf '\ncut by BUDGET=%s minutes:' "$BUDGET" && printf ' %s;' "${cut[@]}" && echo; }
+show_verdicts "$OUT/verdict.txt"
 printf '\n  plans: %s\n  runs: %s\n  plot: %s\n  verdicts: %s\n' "$plans" "$runs" "$picture" "$OUT/verdict.txt"
