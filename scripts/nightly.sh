@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # nightly.sh: the reproduction of every night: what the paper claims and what we guard beside it, measured again, against the last night and the last release.
 #
-#   scripts/nightly.sh                     every part at its full size, in order; five hours on two cores at a guess, most of it tests with their full counts
-#   scripts/nightly.sh --budget 45m        (or 2h) fewer seeds and steps, then fewer parts, building apart; the report says what was cut
+#   scripts/nightly.sh                     every part at its full size, in order; five and a half hours on two cores at a guess, most of it tests with their full counts
+#   scripts/nightly.sh --budget 45m        (or 2h) fewer seeds and steps, then fewer parts, building included; the report says what was cut
 #   scripts/nightly.sh --only plans,exp3   these parts, those that failed once more; what the others have measured stays
 #   scripts/nightly.sh --list              the parts, their sizes, and what is run; with --budget, what would be
 #   scripts/nightly.sh --night 2026-11-28b --out runs/nightly    the night's name (default: today's date, UTC) and the folder of all nights
 #   scripts/nightly.sh --release FILE      what to compare with beside the last nights (default: the last of results/nightly_*.json)
 #   TRAIN=PROGRAM                          build nothing; plans, topology, convergence and bench run this one
+#   PACE=2.5                               with a budget: this machine takes so many times as long as the parts' times (else a few steps are timed)
 #   DATA=FILE                              the text to train on, some megabytes (default: the demo's)
 #
 # A night is a folder: parts/NAME/output.txt (raw) and figures.jsonl, results.json, report.html. Interrupted and started again, the last night goes on with
@@ -50,9 +51,16 @@ exp1|330|STEPS=120
 exp2|100|SEEDS=1,2 STEPS=100 ROWS=#0,#1,#2a,#2b,#3,#4,ours
 exp2|290|SEEDS=1,2,3 STEPS=200 ROWS=#0,#1,#2a,#2b,#3,#4,ours
 exp2|960|SEEDS=1,2,3 STEPS=400
+exp4|120|SEEDS=1,2 STEPS=60 PROBE_EVERY=5
+exp4|300|SEEDS=1,2,3 STEPS=150 PROBE_EVERY=10
+exp4|780|SEEDS=1,2,3 STEPS=400
+exp5|100|SEEDS=1,2 STEPS=60 EVAL_TOKENS=8192
+exp5|220|SEEDS=1,2,3 STEPS=150
+exp5|480|SEEDS=1,2,3 STEPS=400
 bench|60|STEPS=5 REPEAT=1 SHAPES=124M-B4,6x384-B8
 bench|330|STEPS=8 REPEAT=2
 gpu|480|
+readme|700|
 soak_train|2400|
 soak_topology|2400|
 soak_checkpoint|2400|
@@ -72,8 +80,11 @@ exp3|experiment 3: plans of the tables of the paper, and ZeRO on real ranks (scr
 convergence|a small GPT in BF16, fp8 and fp8-lm over seeds, on the text of the demo
 exp1|experiment 1: scaling of FP8 gradients, auto against pre and post (scripts/exp1_scaling.sh)
 exp2|experiment 2: optimizer states in few bits, rows #0 to #4 and ours (scripts/exp2_decoupling.sh)
+exp4|experiment 4: E4M3 or E5M2, class of tensors by class: losses and SNR (scripts/exp4_formats.sh)
+exp5|experiment 5: models trained in BF16 and FP8 on texts of other kinds (scripts/exp5_shift.sh)
 bench|speed and memory of training on this CPU (scripts/bench.sh)
 gpu|tests, losses and speed on a GPU, where one is (make gpu-check)
+readme|every command of README.md that needs no GPU, cluster or hours (scripts/readme_check.sh)
 soak_train|make soak ONLY=train: training, recipes and modes, with all seeds
 soak_topology|make soak ONLY=topology: all topologies and recipes
 soak_checkpoint|make soak ONLY=checkpoint: kills, damaged files
@@ -326,6 +337,66 @@ figures_exp2() {
         "$dir/runs/exp2.csv" | series "Loss by formats of the optimizer (rows of Table 6)" "mean of seeds"
 }
 
+run_exp4() { OUT=$dir/runs BUDGET=$minutes scripts/exp4_formats.sh; }
+figures_exp4() {
+    verdicts exp4 "$dir/runs/verdict.txt"
+    awk -F , '
+        NR == 1 { next }
+        !($1 in n) { order[++rows] = $1 }
+        { n[$1]++; if ($3 != "nan") { sum[$1] += $3; k[$1]++ } }
+        END {
+            for (i = 1; i <= rows; i++) {
+                r = order[i]
+                if (k["base"] && r != "base") { printf "exp4.over.%s|%s|%%|measured|above recipe fp8, %d of %d seeds\n", r, k[r] ? sprintf("%.3f", 100 * (sum[r] / k[r] / (sum["base"] / k["base"]) - 1)) : "null", k[r], n[r] }
+            }
+        }' "$dir/runs/exp4.csv" | figures
+    local format
+    for format in e4m3 e5m2 ue5m3; do
+        awk -F , -v format="$format" -v late=$((STEPS * 5 / 6)) '
+            $4 == format && $1 >= late { if (!($2 in n)) { order[++classes] = $2 } n[$2]++; db[$2] += $5; zeroed[$2] += $6 }
+            END {
+                for (i = 1; i <= classes; i++) {
+                    c = order[i]
+                    printf "exp4.snr.%s.%s|%.3f|dB|measured|\nexp4.zeroed.%s.%s|%.5f|%%|measured|\n", c, format, db[c] / n[c], c, format, 100 * zeroed[c] / n[c]
+                }
+            }' "$dir/runs/snr.csv" | figures
+        awk -F , -v format="$format" -v late=$((STEPS * 5 / 6)) '
+            $4 == format && $1 >= late { if (!($2 in n)) { order[++classes] = $2 } n[$2]++; db[$2] += $5 }
+            END { for (i = 1; i <= classes; i++) { printf "\"%s\" %.2f\n", order[i], db[order[i]] / n[order[i]] } }' "$dir/runs/snr.csv" | series "SNR of live tensors by format, dB" "$format"
+    done
+}
+
+run_exp5() { OUT=$dir/runs BUDGET=$minutes scripts/exp5_shift.sh; }
+figures_exp5() {
+    verdicts exp5 "$dir/runs/verdict.txt"
+    awk -F , '
+        $4 != "bf16" || $5 == "nan" { next }
+        { if (!(($1, $3) in n)) { order[++rows] = $1 " " $3 } sum[$1, $3] += $5; n[$1, $3]++ }
+        END { for (i = 1; i <= rows; i++) { split(order[i], f, " "); print order[i], sum[f[1], f[2]] / n[f[1], f[2]] } }' "$dir/runs/exp5.csv" > "$dir/losses"
+    awk '
+        $1 == "bf16" { base[$2] = $3; next }
+        $2 in base { printf "exp5.over.%s.%s|%.3f|%%|measured|above the %.4f nats of BF16\n", $1, $2, 100 * ($3 / base[$2] - 1), base[$2] }' "$dir/losses" | figures
+    local recipe
+    for recipe in bf16 fp8-lm fp8; do
+        awk -v recipe="$recipe" '$1 == recipe { printf "\"%s\" %.4f\n", $2, $3 }' "$dir/losses" | series "Loss on texts by recipe of training" "$recipe"
+    done
+}
+
+run_readme() { # in a copy: what the README makes is never overwritten, so not made twice in one folder
+    local copy=$dir/copy name
+    rm -rf "$copy"
+    mkdir -p "$copy"
+    git ls-files -z | xargs -0 cp -p --parents -t "$copy"
+    for name in build demo; do
+        [ ! -e "$name" ] || cp -a "$name" "$copy"
+    done
+    (cd "$copy" && SKIP='^make (demo|test)|nightly' OUT=$dir/runs scripts/readme_check.sh)
+    rm -rf "$copy"
+}
+figures_readme() {
+    sed -nE 's/^([0-9]+) commands run, ([0-9]+) failed, .*/readme.failed|\2|commands|measured|of \1/p' "$dir/output.txt" | figures
+}
+
 run_bench() {
     use_binary
     rm -f "$dir/bench.jsonl"
@@ -430,10 +501,16 @@ if [ -n "$budget" ]; then
         *h) seconds=$((${budget%h} * 3600)) ;;
     esac
 fi
+building=0 # of the budget: seven minutes on two cores, of a short budget a sixth
+if [ -z "${TRAIN:-}" ]; then
+    building=$((seconds / 6 < 420 ? seconds / 6 : 420))
+fi
 for name in ${only//,/ }; do
     grep -qx -- "$name" <<< "$all" || fail "--only: there is no part '$name'; --list names them"
 done
 
+[[ ${PACE:-1} =~ ^[0-9]{1,3}(\.[0-9]+)?$ ]] || fail "PACE: '$PACE' is not a number such as 2.5"
+pace=${PACE:-1} # how many times as long as on the two cores (Zen 4, AVX512-BF16) that the sizes' seconds are of
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null | head -n 1) || true
 gpu=${gpu:-none}
 
@@ -442,10 +519,10 @@ gpu=${gpu:-none}
 # A line a part: name|seconds|settings|largest seconds|largest settings; seconds 0: left out. All begin at their smallest size; the last ones go until the rest
 # fits; then they grow, the first ones first, one size at a time; what is left goes to those that were left out.
 plan() {
-    awk -F '|' -v budget=$seconds -v only="${only//,/ }" -v gpu="$gpu" '
+    awk -F '|' -v pace="$pace" -v budget=$((seconds - building)) -v only="${only//,/ }" -v gpu="$gpu" '
         NF < 3 { next }
         $1 == "gpu" && gpu == "none" { $2 = 0 }
-        { if (!($1 in sizes)) { name[++parts] = $1 } sizes[$1]++; time[$1, sizes[$1]] = $2; set[$1, sizes[$1]] = $3 }
+        { if (!($1 in sizes)) { name[++parts] = $1 } sizes[$1]++; time[$1, sizes[$1]] = int($2 * pace); set[$1, sizes[$1]] = $3 }
         END {
             for (i = 1; i <= parts; i++) {
                 p = name[i]
@@ -473,13 +550,14 @@ plan() {
 clock() { printf '%d min %02d s' $(($1 / 60)) $(($1 % 60)); }
 
 if [ -n "$list" ]; then
-    total=0
+    total=$building
     printf '%-17s %-14s %-52s %s\n' part 'on two cores' settings what
     while IFS='|' read -r name time settings _; do
         what=$(awk -F '|' -v name="$name" '$1 == name { print $2 }' <<< "$about")
         total=$((total + time))
         printf '%-17s %-14s %-52s %s\n' "$name" "$(if [ "$name" = gpu ] && [ "$gpu" = none ]; then echo 'no GPU here'; elif [ "$time" = 0 ]; then echo 'left out'; else clock "$time"; fi)" "${settings:--}" "$what"
     done < <(plan)
+    ((building == 0)) || printf '%-17s %-14s %-52s %s\n' building "$(clock $building)" - 'the trainer and the programs of the experiments, where they are not there yet'
     printf '%-17s %s%s\n' 'in all' "$(clock $total)" "${budget:+ of $budget}"
     exit 0
 fi
@@ -583,7 +661,7 @@ state() {
     mv "$folder/parts/$1/state.new" "$folder/parts/$1/state.json"
 }
 
-spent() { cat "$folder"/parts/*/state.json 2> /dev/null | field seconds /dev/stdin | awk '{ s += $1 } END { print s + 0 }'; }
+spent() { { find "$folder/parts" -name state.json -exec cat {} + | field seconds /dev/stdin; cat "$folder/built"; } | awk '{ s += $1 } END { print s + 0 }'; } # seconds
 
 # with SETTINGS COMMAND…: settings as variables, commas as spaces
 with() {
@@ -599,8 +677,28 @@ with() {
 
 if [ -z "${TRAIN:-}" ]; then
     echo "building"
+    began=$SECONDS
     guarded 3600 "$folder/build.txt" bash -c 'scripts/setup.sh --demo --check || scripts/setup.sh --demo; make --no-print-directory DEVICE=cpu binary experiments'
     [ $status = 0 ] || fail "the build failed; $folder/build.txt ends with: $(tail -n 1 "$folder/build.txt")"
+    echo $((SECONDS - began)) >> "$folder/built"
+else
+    : >> "$folder/built"
+fi
+
+# With a budget a few steps tell the pace of this machine, once a night, so that parts go by it.
+if ((seconds > 0)); then
+    use_binary
+    [ -z "${PACE:-}" ] || echo "$PACE" > "$folder/pace"
+    if [ ! -s "$folder/pace" ]; then
+        mkdir -p "$folder/pacing"
+        "$TRAIN" --train-data README.md --layers 4 --heads 4 --width 256 --seq-len 256 --micro-batch 8 --steps 5 --val-every 0 --output-dir "$folder/pacing/run" \
+            > "$folder/pacing/output.txt" 2>&1 || fail "the trainer does not run: $(tail -n 1 "$folder/pacing/output.txt")"
+        field ms "$folder/pacing/run/log.jsonl" | sort -n | awk '{ ms[NR] = $1 } END { pace = ms[int((NR + 1) / 2)] / 177; printf "%.2f\n", (pace > 1 ? pace : 1) }' > "$folder/pace.new"
+        mv "$folder/pace.new" "$folder/pace"
+        rm -r "$folder/pacing"
+    fi
+    pace=$(< "$folder/pace")
+    echo "a step takes $pace times as long as on the machine that the parts' times are of"
 fi
 
 while IFS='|' read -r part time settings _ largest; do
@@ -627,7 +725,7 @@ while IFS='|' read -r part time settings _ largest; do
         continue
     fi
     name=${part%%_*} scale=$settings minutes=$((time * 2 / 60 + 1)) began=$SECONDS
-    echo "$part: $(clock "$time") on two cores${settings:+; $settings}"
+    echo "$part: $(clock "$time")${settings:+; $settings}"
     rm -f "$dir/figures.jsonl"
     [ "$part" = convergence ] || rm -rf "$dir/runs" # what an interrupted run left, and may still write to
     guarded $((4 * time + 120)) "$dir/output.txt" with "$settings" "run_$name"

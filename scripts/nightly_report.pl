@@ -88,6 +88,9 @@ while (@ARGV && $ARGV[0] =~ /^-/) {
 @ARGV >= 2 or fail('claims and results are needed: scripts/nightly_report.pl scripts/claims.tsv NIGHT/results.json');
 my ($claims_file, $now_file, @earlier_files) = @ARGV;
 
+# sections of the claims, their headings, and their names in one line
+my @sections = (['paper', 'Claims of the paper', 'claims of the paper'], ['open', 'What the paper leaves open', 'what it leaves open'],
+    ['ours', 'Beside them: what is not to become worse', 'ours beside them']);
 my @columns = qw(id section claim paper metric held must change command reason);
 my (@claims, $headed);
 for my $line (split /\n/, read_file($claims_file)) {
@@ -97,6 +100,7 @@ for my $line (split /\n/, read_file($claims_file)) {
     if (!$headed) { $headed = 1; next }
     my %claim;
     @claim{@columns} = @fields;
+    grep { $_->[0] eq $claim{section} } @sections or fail("$claims_file: $claim{id}: there is no section '$claim{section}'");
     for my $rule (@claim{qw(held must)}) {
         $rule =~ /^(-|(abs )?(>=|<=|=) \S+)$/ or fail("$claims_file: $claim{id}: '$rule' is no condition, such as `>= 39.1`");
     }
@@ -219,10 +223,11 @@ for my $claim (@claims) {
 }
 
 my @order = ('held', 'NOT held', 'planned only', 'figure', 'not measured');
-for my $section (qw(paper ours)) {
+for (@sections) {
+    my ($section, undef, $name) = @$_;
     my $all = 0;
     $all += $_ for values %{ $count{$section} };
-    printf "%s: %d lines: %s\n", $section eq 'paper' ? 'claims of the paper' : 'ours beside them', $all,
+    printf "%s: %d lines: %s\n", $name, $all,
       join(', ', map { "$count{$section}{$_} $_" } grep { $count{$section}{$_} } @order);
 }
 print "worse: $_\n" for @worse;
@@ -351,7 +356,7 @@ my $page = "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><me
   . (@reds ? 'Worse' : 'Well') . ": night $now->{night}</title>\n<style>\n$style</style></head><body>\n";
 $page .= "<h1>train_gpt_fp8, night of $now->{night}</h1>\n<p class=\"soft\">commit " . escaped($now->{commit}) . "; " . escaped($now->{machine}) . "; GPU: " . escaped($now->{gpu}) . "; $now->{began} to $now->{ended}"
   . ($now->{budget} ne '' ? "; budget $now->{budget}" : '; no budget') . "</p>\n"
-  . "<nav><a href=\"#paper\">the paper</a><a href=\"#ours\">ours</a><a href=\"#plots\">plots</a><a href=\"#parts\">parts</a></nav>\n";
+  . "<nav><a href=\"#paper\">the paper</a><a href=\"#open\">open</a><a href=\"#ours\">ours</a><a href=\"#plots\">plots</a><a href=\"#parts\">parts</a></nav>\n";
 if (@reds) {
     $page .= '<div class="banner bad"><b class="bad">' . (@reds == 1 ? '1 line is worse' : @reds . ' lines are worse') . "</b><ul>\n" . join('', map { '<li>' . escaped($_) . "</li>\n" } @reds) . "</ul></div>\n";
 } else {
@@ -395,9 +400,9 @@ sub row { # of a claim
     return $row . ($claim->{command} eq '-' ? '<td class="cmd"></td>' : '<td class="cmd" data-as="Command">' . command($claim->{command}) . '</td>') . "</tr>\n";
 }
 
-for my $section (['paper', 'Claims of the paper'], ['ours', 'Beside them: what is not to become worse']) {
+for my $section (@sections) {
     $page .= "<h2 id=\"$section->[0]\">$section->[1]</h2>\n<p class=\"soft\">" . join(', ', map { "$count{$section->[0]}{$_} $_" } grep { $count{ $section->[0] }{$_} } @order) . "</p>\n";
-    my $paper = $section->[0] eq 'paper';
+    my $paper = $section->[0] ne 'ours';
     my $head = '<table><thead><tr><th>Claim</th>' . ($paper ? '<th>The paper</th>' : '') . '<th>Ours</th><th>Verdict</th><th>Last night</th><th>Release</th><th>Command</th></tr></thead><tbody>' . "\n";
     # Of ours what was not measured is folded away
     my (@rows, @folded);

@@ -16,6 +16,11 @@ setup() {
     data=$BATS_FILE_TMPDIR
 }
 
+teardown() { # what a test that failed has left running
+    local job
+    for job in $(jobs -p); do kill "$job" 2> /dev/null || true; done
+}
+
 # train DIR FLAGS…: stdout in DIR.out, stderr in DIR.err
 train() {
     local dir=$1
@@ -314,7 +319,7 @@ wait_for() {
     for how in KILL STOP; do
         mpirun "${mpi_flags[@]}" -np 2 "$TRAIN" --train-data "$data/text.txt" $TINY --output-dir $how --steps 1000000 --timeout 3 > $how.out 2> $how.err < /dev/null &
         wait_for '^step *5/' $how.out
-        pid=$(pgrep -f -- "--output-dir $how " | while read -r p; do tr '\0' '\n' < /proc/$p/environ | grep -q '^OMPI_COMM_WORLD_RANK=1$' && echo $p; done | head -n 1)
+        pid=$(processes "--output-dir $how " | while read -r p; do tr '\0' '\n' < /proc/$p/environ | grep -q '^OMPI_COMM_WORLD_RANK=1$' && echo $p; done | head -n 1)
         start=$SECONDS
         kill -$how "$pid"
         if wait $!; then return 1; fi
@@ -325,7 +330,8 @@ wait_for() {
         fi
         [ $((SECONDS - start)) -le 30 ]
         for ((i = 0; i < 100; i++)); do # the launcher may end before what it has killed
-            pgrep -f -- "--output-dir $how " > left || break
+            processes "--output-dir $how " > left
+            [ -s left ] || break
             sleep 0.1
         done
         [ ! -s left ]
@@ -343,8 +349,8 @@ wait_for() {
     train whole --steps 300 --checkpoint-every 10
     PAUSE=0 "$restart" "$TRAIN" --train-data "$data/text.txt" $TINY --output-dir a --steps 300 --checkpoint-every 10 > a.out 2> a.err &
     for i in 1 2; do
-        wait_for "^step *${i}[5-9][0-9]*/" a.out
-        pkill -9 -f -- "--output-dir a --steps 300" -x train_gpt_fp8 || pkill -9 -f "^$TRAIN.*--output-dir a --steps 300"
+        wait_for "^step *${i}[0-4][0-9]/" a.out
+        kill -9 "$(processes '--output-dir a --steps 300')"
         sleep 0.3
     done
     wait $!

@@ -33,6 +33,15 @@ have_mpi() {
     [ "$(id -u)" != 0 ] || mpi_flags+=(--allow-run-as-root)
 }
 
+# processes TEXT: the numbers of the trainer's processes whose command line has it. (procps is not everywhere.)
+processes() {
+    local process words
+    for process in /proc/[0-9]*; do
+        { mapfile -d '' -t words < "$process/cmdline"; } 2> /dev/null || continue # it has ended
+        if [[ "${words[*]} " == "$TRAIN "*"$1"* ]]; then echo "${process#/proc/}"; fi
+    done
+}
+
 # is_png FILE: it begins as a PNG does
 is_png() { [ "$(head -c 8 "$1" | od -An -tx1 | tr -d ' \n')" = 89504e470d0a1a0a ]; }
 

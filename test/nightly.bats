@@ -62,7 +62,7 @@ worse() {
 
 @test "--list names the parts, and a budget is kept" {
     run -0 "$nightly" --list
-    for part in plans topology exp1 exp2 exp3 convergence bench gpu soak_train; do grep -qE "^$part " <<< "$output"; done
+    for part in plans topology exp1 exp2 exp3 convergence exp4 exp5 bench gpu readme soak_train; do grep -qE "^$part " <<< "$output"; done
     grep -qE '^exp2 .*SEEDS=1,2,3 STEPS=400 ' <<< "$output"
     whole=$(grep -c . <<< "$output")
     last=0
@@ -78,6 +78,8 @@ worse() {
         last=$used
     done
     [[ $output != *'left out'* ]]
+    run -0 env PACE=4 "$nightly" --list --budget 45m # on a slower machine less is done in the same time
+    grep -qE '^in all +(3[0-9]|4[0-5]) min' <<< "$output"
     run -0 "$nightly" --list --budget 3m
     grep -qE '^soak_train +left out ' <<< "$output"
     grep -qE '^topology +0 min 30 s +CHECKS=2-1-2,1-2-2 ' <<< "$output" # smaller, before what matters less is left out
@@ -85,6 +87,7 @@ worse() {
 
 @test "interrupted and started again it goes on, and reports" {
     have_mpi
+    export PACE=1 # a slow machine would leave out the topologies
     "$nightly" --only plans,topology --budget 1m --out "$nights" > "$BATS_TEST_TMPDIR/first" 2>&1 &
     night=$!
     for ((i = 0; i < 100; i++)); do # until the second part is at work
@@ -117,6 +120,10 @@ worse() {
 
     run -0 "$nightly" --only plans,topology --budget 1m --out "$nights" # nothing is left to do
     [ "$(grep -c 'done before$' <<< "$output")" = 2 ]
+    unset PACE
+    run -0 "$nightly" --only plans --budget 2m --out "$nights/timed" # a few steps tell it
+    grep -qE '^a step takes [1-9][0-9]*\.[0-9][0-9] times as long' <<< "$output"
+    grep -q '"status":"done"' "$nights"/timed/2*/parts/plans/state.json
     run -0 "$nightly" --only plans --out "$nights" # another budget: another night
     [[ ${lines[0]} == "night $(basename "$folder")b: "* ]]
     grep -q 'the same' "$nights"/*b/report.html # as the night before
@@ -222,6 +229,7 @@ END
     refuses --budget 45 "--budget: '45' is not a time such as 45m or 5h"
     refuses --budget 0m "--budget: '0m'*"
     refuses --budget "--budget needs a value*"
+    PACE=x refuses --list "PACE: 'x' is not a number*"
     refuses --only plans,exp9 "--only: there is no part 'exp9'*"
     refuses --only '' "--only is empty*"
     refuses --night yesterday "--night: 'yesterday'*"
