@@ -22,20 +22,9 @@ export LC_ALL=C
 
 # shellcheck source=scripts/experiment.sh
 . scripts/experiment.sh "$@"
-if [ -n "${QUICK:-}" ]; then
-    : "${STEPS:=30}" "${LAYERS:=1}" "${HEADS:=2}" "${WIDTH:=32}" "${SEQ_LEN:=32}" "${WARMUP:=2}" "${SEEDS:=1 2}" "${PROBE_EVERY:=5}"
-fi
-STEPS=${STEPS:-400}
-PROBE_EVERY=${PROBE_EVERY:-20}
-LAYERS=${LAYERS:-4}
-HEADS=${HEADS:-4}
-WIDTH=${WIDTH:-128}
-SEQ_LEN=${SEQ_LEN:-128}
+small_gpt
 MICRO_BATCH=${MICRO_BATCH:-4} # sequences
-LR=${LR:-3e-3}
-WARMUP=${WARMUP:-20}
-SEEDS=${SEEDS:-1 2 3}
-BUDGET=${BUDGET:-30}
+PROBE_EVERY=${PROBE_EVERY:-$([ -n "${QUICK:-}" ] && echo 5 || echo 20)}
 OUT=${OUT-runs/exp4}
 ranks=2
 

@@ -25,20 +25,9 @@ export LC_ALL=C
 
 # shellcheck source=scripts/experiment.sh
 . scripts/experiment.sh "$@"
-if [ -n "${QUICK:-}" ]; then
-    : "${STEPS:=30}" "${LAYERS:=1}" "${HEADS:=2}" "${WIDTH:=32}" "${SEQ_LEN:=32}" "${WARMUP:=2}" "${SEEDS:=1 2}" "${EVAL_TOKENS:=1024}"
-fi
-STEPS=${STEPS:-400}
-LAYERS=${LAYERS:-4}
-HEADS=${HEADS:-4}
-WIDTH=${WIDTH:-128}
-SEQ_LEN=${SEQ_LEN:-128}
+small_gpt
 MICRO_BATCH=${MICRO_BATCH:-8} # sequences
-LR=${LR:-3e-3}
-WARMUP=${WARMUP:-20}
-SEEDS=${SEEDS:-1 2 3}
-EVAL_TOKENS=${EVAL_TOKENS:-32768}
-BUDGET=${BUDGET:-30}
+EVAL_TOKENS=${EVAL_TOKENS:-$([ -n "${QUICK:-}" ] && echo 1024 || echo 32768)}
 OUT=${OUT-runs/exp5}
 
 # name|what it is

@@ -17,6 +17,14 @@ for argument; do
     esac
 done
 
+# small_gpt: the model that is trained and its training, where no variable says otherwise; with --quick so small that it takes seconds
+small_gpt() {
+    if [ -n "${QUICK:-}" ]; then
+        : "${STEPS:=30}" "${LAYERS:=1}" "${HEADS:=2}" "${WIDTH:=32}" "${SEQ_LEN:=32}" "${WARMUP:=2}" "${SEEDS:=1 2}"
+    fi
+    : "${STEPS:=400}" "${LAYERS:=4}" "${HEADS:=4}" "${WIDTH:=128}" "${SEQ_LEN:=128}" "${LR:=3e-3}" "${WARMUP:=20}" "${SEEDS:=1 2 3}" "${BUDGET:=30}"
+}
+
 # above_zero NAME…: these variables are whole numbers above 0
 above_zero() {
     local name
